@@ -1,0 +1,1 @@
+"""All that can be said of a run before torch is loaded. Standard library only."""
