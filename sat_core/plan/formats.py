@@ -68,7 +68,9 @@ def detect_format(row: Any) -> str:
         RowError: where the row has none of the known keys.
     """
     if not isinstance(row, dict):
-        raise RowError("unknown_format", "", f"a row must be a JSON object; got {type(row).__name__}")
+        raise RowError(
+            "unknown_format", "", f"a row must be a JSON object; got {type(row).__name__}"
+        )
     if "messages" in row:
         return "messages"
     if "prompt" in row and "completion" in row:
@@ -85,7 +87,7 @@ def detect_format(row: Any) -> str:
     )
 
 
-def check_row(row: Any, format: str) -> None:  # noqa: A002 - the word of the API
+def check_row(row: Any, format: str) -> None:
     """Check one row of a known format.
 
     Raises:
@@ -121,19 +123,33 @@ def _check_messages(messages: Any) -> None:
         raise RowError("bad_type", "/messages", "messages must be a list with at least one message")
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise RowError("bad_type", f"/messages/{i}", "a message must be an object with role and content")
+            raise RowError(
+                "bad_type", f"/messages/{i}", "a message must be an object with role and content"
+            )
         role = message.get("role")
         if role not in ROLES:
-            raise RowError("bad_role", f"/messages/{i}/role", f"role {role!r} is not one of {', '.join(ROLES)}")
+            raise RowError(
+                "bad_role", f"/messages/{i}/role", f"role {role!r} is not one of {', '.join(ROLES)}"
+            )
         content = message.get("content")
         if content is None and message.get("tool_calls"):
             continue
         if not isinstance(content, str):
-            raise RowError("bad_type", f"/messages/{i}/content", f"content must be a string; got {type(content).__name__}")
+            raise RowError(
+                "bad_type",
+                f"/messages/{i}/content",
+                f"content must be a string; got {type(content).__name__}",
+            )
         if role == "assistant" and not content.strip() and not message.get("tool_calls"):
-            raise RowError("empty_content", f"/messages/{i}/content", "an assistant's content is empty")
+            raise RowError(
+                "empty_content", f"/messages/{i}/content", "an assistant's content is empty"
+            )
     if not any(m["role"] == "assistant" for m in messages):
-        raise RowError("no_assistant", "/messages", "no message has the role 'assistant', so there is nothing to train on")
+        raise RowError(
+            "no_assistant",
+            "/messages",
+            "no message has the role 'assistant', so there is nothing to train on",
+        )
 
 
 @dataclass
@@ -156,7 +172,13 @@ class FileCheck:
 
     def __post_init__(self) -> None:
         name = self.filename.lower()
-        self._kind = "text" if name.endswith((".txt", ".md")) else "array" if name.endswith(".json") else "lines"
+        self._kind = (
+            "text"
+            if name.endswith((".txt", ".md"))
+            else "array"
+            if name.endswith(".json")
+            else "lines"
+        )
         if self._kind == "text":
             self.format = "text"
 
@@ -235,7 +257,12 @@ class FileCheck:
 
     def _array(self) -> None:
         if self._bytes > MAX_ARRAY_BYTES:
-            self._problem("", "too_long", f"a .json array may have {MAX_ARRAY_BYTES} bytes; use JSON Lines", b"")
+            self._problem(
+                "",
+                "too_long",
+                f"a .json array may have {MAX_ARRAY_BYTES} bytes; use JSON Lines",
+                b"",
+            )
             return
         text = self._decode(self._tail)
         if text is None or not text.strip():
@@ -247,7 +274,9 @@ class FileCheck:
                 self._as_lines()
                 return
             self._line, self._offset = getattr(error, "lineno", 1), getattr(error, "pos", 0)
-            self._problem("", "bad_json", f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}", b"")
+            self._problem(
+                "", "bad_json", f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}", b""
+            )
             return
         if not isinstance(rows, list):
             self._problem("", "unknown_format", "a .json file must hold one array of rows", b"")
@@ -265,7 +294,9 @@ class FileCheck:
     def _too_long(self) -> None:
         if not self._skipping:
             self._line += 1
-            self._problem("", "too_long", f"the line is longer than {MAX_LINE_BYTES} bytes", self._tail[:200])
+            self._problem(
+                "", "too_long", f"the line is longer than {MAX_LINE_BYTES} bytes", self._tail[:200]
+            )
             self._line -= 1
             self._skipping = True
         self._offset += len(self._tail)
@@ -278,7 +309,9 @@ class FileCheck:
             if partial and error.start >= len(raw) - 3:
                 return raw[: error.start].decode("utf-8")
             at = self._offset + error.start
-            self._problem("", "not_utf8", f"byte 0x{raw[error.start]:02x} at offset {at} is not UTF-8", raw)
+            self._problem(
+                "", "not_utf8", f"byte 0x{raw[error.start]:02x} at offset {at} is not UTF-8", raw
+            )
             return None
 
     def _problem(self, pointer: str, code: str, message: str, raw: bytes) -> None:
@@ -287,6 +320,11 @@ class FileCheck:
             excerpt = raw[:120].decode("utf-8", "replace")
             self._problems.append(
                 Problem(
-                    line=self._line, byte_offset=self._offset, pointer=pointer, code=code, message=message, excerpt=excerpt
+                    line=self._line,
+                    byte_offset=self._offset,
+                    pointer=pointer,
+                    code=code,
+                    message=message,
+                    excerpt=excerpt,
                 )
             )

@@ -30,15 +30,13 @@ def _setting(default: Any, doc: str, **limits: Any) -> Any:
     return field(default=default, metadata={"doc": doc, **limits})
 
 
-def _group(cls: type) -> Any:
-    return field(default_factory=cls, metadata={"doc": (cls.__doc__ or "").split("\n")[0]})
-
-
 @dataclass(frozen=True, kw_only=True)
 class OmissionRate:
     """Share of units left out, the mean over all layers of that kind of unit."""
 
-    mlp: float | None = _setting(None, "Share of MLP channels asleep; a warning above .75.", ge=0, lt=1)
+    mlp: float | None = _setting(
+        None, "Share of MLP channels asleep; a warning above .75.", ge=0, lt=1
+    )
     attention: float | None = _setting(
         None, "Share of KV groups (attention heads) asleep; a warning above .25.", ge=0, lt=1
     )
@@ -50,7 +48,9 @@ class Schedule:
 
     type: Literal["ladder"] = _setting("ladder", "The only schedule.")
     dense_start: float = _setting(0.05, "Share of all steps trained dense first.", ge=0, le=1)
-    sparse_share: float = _setting(0.7, "Share of all steps after which the rungs begin.", ge=0, le=1)
+    sparse_share: float = _setting(
+        0.7, "Share of all steps after which the rungs begin.", ge=0, le=1
+    )
     rungs: int = _setting(4, "Number of rungs; the last one is dense.", ge=1, le=64)
 
 
@@ -58,24 +58,38 @@ class Schedule:
 class Importance:
     """How units are scored and how often they are chosen anew."""
 
-    metric: Literal["maxip", "activation", "uniform"] = _setting("activation", "Formula of the score.")
-    refresh_every: int = _setting(0, "Steps between selections inside a rung; 0 chooses at rungs only.", ge=0)
+    metric: Literal["maxip", "activation", "uniform"] = _setting(
+        "activation", "Formula of the score."
+    )
+    refresh_every: int = _setting(
+        0, "Steps between selections inside a rung; 0 chooses at rungs only.", ge=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Optimisation."""
 
-    learning_rate: float | None = _setting(None, "Peak learning rate; overrides the multiplier.", gt=0, le=1)
-    lr_schedule: Literal["cosine", "linear", "constant"] = _setting("cosine", "Decay after the warm-up.")
+    learning_rate: float | None = _setting(
+        None, "Peak learning rate; overrides the multiplier.", gt=0, le=1
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = _setting(
+        "cosine", "Decay after the warm-up."
+    )
     warmup: float = _setting(0.03, "Share of all steps with a rising learning rate.", ge=0, le=1)
     max_seq_len: int | None = _setting(None, "Tokens in one sequence, at most.", ge=8, le=1_048_576)
-    train_on: Literal["assistant", "all"] = _setting("assistant", "Which tokens of supervised rows carry loss.")
+    train_on: Literal["assistant", "all"] = _setting(
+        "assistant", "Which tokens of supervised rows carry loss."
+    )
     max_steps: int | None = _setting(None, "Optimizer steps, in place of n_epochs.", ge=1)
     micro_batch_size: int | None = _setting(None, "Sequences in one forward pass.", ge=1)
     weight_decay: float = _setting(0.01, "AdamW's decoupled weight decay.", ge=0, le=1)
-    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this global norm; 0 is off.", ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = _setting("auto", "bf16 is autocast over fp32 parameters.")
+    max_grad_norm: float = _setting(
+        1.0, "Gradients are clipped to this global norm; 0 is off.", ge=0
+    )
+    precision: Literal["auto", "fp32", "bf16"] = _setting(
+        "auto", "bf16 is autocast over fp32 parameters."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +108,12 @@ class Data:
 class Eval:
     """Held-out evaluation, always on the merged dense model."""
 
-    every: int | None = _setting(None, "Steps between evaluations; 0 is before and after only.", ge=0)
-    prompts: tuple[str, ...] = _setting((), "Continued greedily before and after the run, as samples.")
+    every: int | None = _setting(
+        None, "Steps between evaluations; 0 is before and after only.", ge=0
+    )
+    prompts: tuple[str, ...] = _setting(
+        (), "Continued greedily before and after the run, as samples."
+    )
     max_new_tokens: int = _setting(48, "Length of a sample.", ge=1, le=4096)
 
 
@@ -112,18 +130,20 @@ class SatSettings:
     """Sparsity-Accelerated Training and everything else that OpenAI's body has no place for."""
 
     mode: Literal["auto", "on", "off"] = _setting(
-        "auto", "auto is sparse where the plan promises at least 1.15x; an explicit omission rate means on."
+        "auto",
+        "auto is sparse where the plan promises at least 1.15x; an explicit omission rate means on.",
     )
-    omission_rate: OmissionRate = _group(OmissionRate)
-    schedule: Schedule = _group(Schedule)
-    importance: Importance = _group(Importance)
+    omission_rate: OmissionRate = field(default_factory=OmissionRate)
+    schedule: Schedule = field(default_factory=Schedule)
+    importance: Importance = field(default_factory=Importance)
     allotment: Literal["uniform", "exempt"] = _setting(
-        "exempt", "How the rate is spread: the same everywhere, or first and last layers dense and the others higher."
+        "exempt",
+        "How the rate is spread: the same everywhere, or first and last layers dense and the others higher.",
     )
-    train: Train = _group(Train)
-    data: Data = _group(Data)
-    eval: Eval = _group(Eval)
-    checkpoints: Checkpoints = _group(Checkpoints)
+    train: Train = field(default_factory=Train)
+    data: Data = field(default_factory=Data)
+    eval: Eval = field(default_factory=Eval)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +151,12 @@ class Hyperparameters:
     """OpenAI's three; each a number or "auto" (None here)."""
 
     n_epochs: int | None = _setting(None, "Passes over the data.", ge=1, le=1000)
-    batch_size: int | None = _setting(None, "Sequences per optimizer step, a packed block counting as one.", ge=1, le=65536)
-    learning_rate_multiplier: float | None = _setting(None, "Times the base rate for the model's size.", gt=0, le=10_000)
+    batch_size: int | None = _setting(
+        None, "Sequences per optimizer step, a packed block counting as one.", ge=1, le=65536
+    )
+    learning_rate_multiplier: float | None = _setting(
+        None, "Times the base rate for the model's size.", gt=0, le=10_000
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +178,24 @@ class RunRequest:
         _refuse_unknown(body, ("model", "seed", "method", "hyperparameters", "sat"), "")
         model = body.get("model")
         if not isinstance(model, str) or not model:
-            raise ConfigError(f"model is {model!r}; give the name of a model, as in local/NAME or org/name.", "model")
+            raise ConfigError(
+                f"model is {model!r}; give the name of a model, as in local/NAME or org/name.",
+                "model",
+            )
         seed = body.get("seed")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31):
-            raise ConfigError(f"seed is {seed!r}; allowed is an integer from 0 to 2147483647.", "seed")
+        if seed is not None and (
+            isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31
+        ):
+            raise ConfigError(
+                f"seed is {seed!r}; allowed is an integer from 0 to 2147483647.", "seed"
+            )
         hyper = _hyperparameters(body.get("method"), body.get("hyperparameters"))
-        return cls(model=model, seed=seed, hyperparameters=hyper, sat=_build(SatSettings, body.get("sat"), "sat"))
+        return cls(
+            model=model,
+            seed=seed,
+            hyperparameters=hyper,
+            sat=_build(SatSettings, body.get("sat"), "sat"),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical JSON form: every field present, tuples as lists."""
@@ -178,9 +214,15 @@ def _hyperparameters(method: Any, direct: Any) -> Hyperparameters:
             raise ConfigError(f"method is {method!r}; allowed is an object with a type.", "method")
         _refuse_unknown(method, ("type", "supervised", "dpo", "reinforcement"), "method")
         kind = method.get("type", "supervised")
-        if kind != "supervised" or method.get("dpo") is not None or method.get("reinforcement") is not None:
+        if (
+            kind != "supervised"
+            or method.get("dpo") is not None
+            or method.get("reinforcement") is not None
+        ):
             raise ConfigError(
-                f"method.type is {kind!r}; only 'supervised' is supported.", "method.type", "unsupported_parameter"
+                f"method.type is {kind!r}; only 'supervised' is supported.",
+                "method.type",
+                "unsupported_parameter",
             )
         supervised = method.get("supervised") or {}
         _refuse_unknown(supervised, ("hyperparameters",), "method.supervised")
@@ -203,7 +245,10 @@ def _build(cls: type, value: Any, path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     _refuse_unknown(value, tuple(fields), path)
     hints = typing.get_type_hints(cls)
-    checked = {name: _check(hints[name], item, f"{path}.{name}", fields[name]) for name, item in value.items()}
+    checked = {
+        name: _check(hints[name], item, f"{path}.{name}", fields[name])
+        for name, item in value.items()
+    }
     return cls(**checked)
 
 
@@ -217,7 +262,9 @@ def _refuse_unknown(value: Any, known: tuple[str, ...], path: str) -> None:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"{dotted} is not a known setting.{hint} Allowed here: {', '.join(known)}.", dotted, "unknown_parameter"
+            f"{dotted} is not a known setting.{hint} Allowed here: {', '.join(known)}.",
+            dotted,
+            "unknown_parameter",
         )
 
 
@@ -239,13 +286,19 @@ def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any]) -> An
             raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(choices)}.{meant}", path)
         return value
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value) or len(value) > 16:
+        if (
+            not isinstance(value, (list, tuple))
+            or not all(isinstance(v, str) for v in value)
+            or len(value) > 16
+        ):
             raise ConfigError(f"{path} must be a list of at most 16 strings; got {value!r}.", path)
         return tuple(value)
     return _number(hint, value, path, spec.metadata, optional=optional)
 
 
-def _number(hint: Any, value: Any, path: str, limits: typing.Mapping[str, Any], *, optional: bool) -> int | float:
+def _number(
+    hint: Any, value: Any, path: str, limits: typing.Mapping[str, Any], *, optional: bool
+) -> int | float:
     kind = "an integer" if hint is int else "a number"
     good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     if good and hint is int:
@@ -256,7 +309,8 @@ def _number(hint: Any, value: Any, path: str, limits: typing.Mapping[str, Any], 
     inside = inside and (value < high or ("le" in limits and value == high) or high == math.inf)
     if not inside:
         raise ConfigError(
-            f"{path} is {value!r}; allowed is {kind}{_range_text(limits)}{', or auto' if optional else ''}.", path
+            f"{path} is {value!r}; allowed is {kind}{_range_text(limits)}{', or auto' if optional else ''}.",
+            path,
         )
     return int(value) if hint is int else float(value)
 

@@ -1,0 +1,178 @@
+"""Checkpoints, written whole or not at all, and read only when every byte is as it was written.
+
+    step-000100/model/                 the merged dense model, loadable by any Hugging Face tool
+    step-000100/optimizer.safetensors  moments, of the dense size: exp_avg is zero where a unit sleeps
+    step-000100/selection.safetensors  awake and ever-trained units of each block, and the random state
+    step-000100/state.json             step, counters, format version
+    step-000100/MANIFEST.json          size and SHA-256 of each file above
+
+Written to a hidden folder, synced, renamed, parent synced: a folder with the right name is complete. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sat_core.plan.errors import PlanError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sat_core.model import Sparsity
+
+CHECKPOINT_FORMAT = "satune.checkpoint/1"
+
+
+class CheckpointError(PlanError):
+    """A checkpoint that is incomplete, altered, or of another format."""
+
+    code = "no_checkpoint"
+
+
+def save(folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, Any]) -> Path:
+    """Write `folder`/step-NNNNNN for `state["step"]` finished steps; returns it.
+
+    Raises:
+        OSError: where the disk is full; nothing half-written stays.
+    """
+    target = folder / f"step-{state['step']:06d}"
+    scratch = folder / f".{target.name}-{os.getpid()}"
+    scratch.mkdir(parents=True)
+    try:
+        save_dense(scratch / "model", sparsity, tokenizer)
+        save_file(_moments(sparsity), scratch / "optimizer.safetensors")
+        save_file(_selection(sparsity), scratch / "selection.safetensors")
+        (scratch / "state.json").write_text(
+            json.dumps({"format": CHECKPOINT_FORMAT, **state}), "utf-8"
+        )
+        files = sorted(p for p in scratch.rglob("*") if p.is_file())
+        manifest = {
+            str(p.relative_to(scratch)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+            for p in files
+        }
+        (scratch / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+        for path in [*files, scratch / "MANIFEST.json", scratch / "model", scratch]:
+            _sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
+        _sync(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def save_dense(folder: Path, sparsity: Sparsity, tokenizer: Any) -> None:
+    """Write the merged dense model and its tokenizer as a Hugging Face folder."""
+    sparsity.model.save_pretrained(folder, state_dict=sparsity.dense_state_dict())
+    tokenizer.save_pretrained(folder)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file against the manifest; the saved state.
+
+    Raises:
+        CheckpointError: naming the first file that is not as it was written.
+    """
+    try:
+        manifest = json.loads((folder / "MANIFEST.json").read_text("utf-8"))
+        for name, wanted in manifest.items():
+            path = folder / name
+            if path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
+                raise CheckpointError(f"{folder.name}/{name} is not as it was written.")
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder.name} is incomplete: {error}.") from error
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{folder.name} has format {state.get('format')!r}; this program reads {CHECKPOINT_FORMAT!r}."
+        )
+    return state
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """`folder`, or the newest older checkpoint beside it that verifies; and what was wrong with those passed over."""
+    wrong = []
+    older = [p for p in folder.parent.glob("step-*") if p.name < folder.name]
+    for candidate in [folder, *sorted(older, reverse=True)]:
+        try:
+            verify(candidate)
+        except CheckpointError as error:
+            wrong.append(error.message)
+        else:
+            return candidate, wrong
+    return None, wrong
+
+
+def restore(folder: Path, sparsity: Sparsity) -> None:
+    """Put moments, selection and random state back; the model was loaded from `folder`/model, dense."""
+    optimizer = sparsity.optimizer
+    if optimizer is None:
+        raise AssertionError("a run has an optimizer")
+    moments = load_file(folder / "optimizer.safetensors")
+    for name, parameter in sparsity.model.named_parameters():
+        if f"{name}.step" in moments:
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            state = {key: moments[f"{name}.{key}"].to(parameter.device) for key in keys}
+            optimizer.state[parameter] = state
+    selection = load_file(folder / "selection.safetensors")
+    for block in sparsity.blocks:
+        name = f"{block.kind}.{block.layer}"
+        block.refresh(selection[f"{name}.awake"], optimizer)
+        block.trained_U = selection[f"{name}.trained"].to(block.awake_K.device)
+    torch.set_rng_state(selection["rng"])
+    if "rng_cuda" in selection:
+        torch.cuda.set_rng_state(selection["rng_cuda"])
+
+
+def _moments(sparsity: Sparsity) -> dict[str, torch.Tensor]:
+    if sparsity.optimizer is None:
+        raise AssertionError("a run has an optimizer")
+    sliced = {part.name: (block, part) for block in sparsity.blocks for part in block.parts}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in sparsity.model.named_parameters():
+        state = sparsity.optimizer.state.get(parameter)
+        if not state:
+            continue
+        pair = (state["exp_avg"], state["exp_avg_sq"])
+        if name in sliced:
+            block, part = sliced[name]
+            pair = block.dense_moments(part, state)
+        tensors |= {
+            f"{name}.step": state["step"],
+            f"{name}.exp_avg": pair[0],
+            f"{name}.exp_avg_sq": pair[1],
+        }
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _selection(sparsity: Sparsity) -> dict[str, torch.Tensor]:
+    tensors = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng_cuda"] = torch.cuda.get_rng_state()
+    for block in sparsity.blocks:
+        tensors[f"{block.kind}.{block.layer}.awake"] = block.awake_K
+        tensors[f"{block.kind}.{block.layer}.trained"] = block.trained_U
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

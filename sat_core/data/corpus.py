@@ -1,0 +1,98 @@
+"""A corpus on disk: token ids and loss mask memory-mapped, sequence offsets beside them, figures in corpus.json.
+
+Shared by attempts and ranks, larger than memory if need be, written whole or not at all. The order of training is a
+pure function of seed and position, so a resumed run needs a step number and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sat_core.data.writing import CORPUS_FORMAT
+from sat_core.plan.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+IGNORED_LABEL = -100
+PAD_MULTIPLE = 8
+
+
+class Batch(NamedTuple):
+    """Sequences, right-padded. Under a causal mask no real token sees the padding, so no mask is needed.
+
+    Attributes:
+        input_ids_BT: int64 [B, T].
+        labels_BT: int64 [B, T], each position's own token, or -100 where it carries no loss.
+        lengths_B: int64 [B], tokens before the padding.
+    """
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    lengths_B: Tensor
+
+
+class Corpus:
+    """One split of a prepared corpus."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Open `split` ("train" or "validation") of a corpus folder.
+
+        Raises:
+            DataError: for another format version.
+        """
+        meta = json.loads((folder / "corpus.json").read_text("utf-8"))
+        if meta.get("format") != CORPUS_FORMAT:
+            raise DataError(
+                f"The corpus has format {meta.get('format')!r}; this program reads {CORPUS_FORMAT!r}."
+            )
+        self.meta: dict[str, Any] = meta
+        self.offsets = np.load(folder / f"{split}.offsets.npy")
+        self._ids = self._open(folder / f"{split}.tokens.bin", np.uint32)
+        self._mask = self._open(folder / f"{split}.mask.bin", np.uint8)
+
+    @staticmethod
+    def _open(path: Path, dtype: Any) -> np.ndarray[Any, Any]:
+        return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def batch(self, indices: list[int], device: str = "cpu") -> Batch:
+        """Sequences `indices`, right-padded to a multiple of 8."""
+        lengths = [int(self.offsets[i + 1] - self.offsets[i]) for i in indices]
+        width = -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
+        ids = np.zeros((len(indices), width), dtype=np.int64)
+        labels = np.full((len(indices), width), IGNORED_LABEL, dtype=np.int64)
+        for row, (i, length) in enumerate(zip(indices, lengths, strict=True)):
+            span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+            ids[row, :length] = self._ids[span]
+            labels[row, :length] = np.where(
+                self._mask[span] > 0, self._ids[span].astype(np.int64), IGNORED_LABEL
+            )
+        tensors = (torch.from_numpy(ids), torch.from_numpy(labels), torch.tensor(lengths))
+        return Batch(*(t.to(device, non_blocking=True) for t in tensors))
+
+    def indices_at(self, step: int, batch_size: int, seed: int) -> list[int]:
+        """Sequences of 0-based `step`: an endless stream of seeded permutations, cut into batches."""
+        first = step * batch_size
+        return [
+            self._order(seed, p // len(self))[p % len(self)]
+            for p in range(first, first + batch_size)
+        ]
+
+    def in_order(self, batch_size: int) -> Iterator[list[int]]:
+        """All sequences once, in order, for evaluation."""
+        for first in range(0, len(self), batch_size):
+            yield list(range(first, min(first + batch_size, len(self))))
+
+    @lru_cache(maxsize=2)  # noqa: B019 - two epochs of one corpus, which lives as long as the run
+    def _order(self, seed: int, epoch: int) -> list[int]:
+        return list(map(int, np.random.default_rng([seed, epoch]).permutation(len(self))))

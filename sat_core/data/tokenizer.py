@@ -1,0 +1,46 @@
+"""A model's tokenizer and config.json, without its weights and without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from sat_core.plan.errors import ModelError
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        ModelError: where there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=False, use_fast=True
+        )
+    except Exception as error:
+        raise ModelError(
+            f"The tokenizer of {path} cannot be loaded: {type(error).__name__}: {error}", "model"
+        ) from error
+
+
+def model_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a local folder or a hub model.
+
+    Raises:
+        ModelError: where it is missing or not JSON.
+    """
+    try:
+        local = Path(path) / "config.json"
+        if Path(path).is_dir():
+            return dict(json.loads(local.read_text("utf-8")))
+        return dict(
+            AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).to_dict()
+        )
+    except Exception as error:
+        raise ModelError(
+            f"The model {path} has no usable config.json: {type(error).__name__}: {error}", "model"
+        ) from error

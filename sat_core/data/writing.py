@@ -1,0 +1,58 @@
+"""Append sequences to a corpus on disk: ids as uint32, mask as uint8, offsets as int64; nothing but the offsets is held."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sat_core.data.rendering import Rendered
+
+CORPUS_FORMAT = "satune.corpus/1"
+
+
+@dataclass
+class SplitWriter:
+    """Append sequences of one split (train or validation) to disk."""
+
+    folder: Path
+    name: str
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    _offsets: array[int] = field(default_factory=lambda: array("q", [0]))
+
+    def __post_init__(self) -> None:
+        self._ids = (self.folder / f"{self.name}.tokens.bin").open("wb")
+        self._mask = (self.folder / f"{self.name}.mask.bin").open("wb")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences written so far."""
+        return len(self._offsets) - 1
+
+    def add(self, rendered: Rendered) -> None:
+        """Append one sequence."""
+        np.asarray(rendered.ids, dtype=np.uint32).tofile(self._ids)
+        np.asarray(rendered.trained, dtype=np.uint8).tofile(self._mask)
+        self.tokens += len(rendered.ids)
+        self.trained_tokens += sum(rendered.trained[1:])
+        self.longest = max(self.longest, len(rendered.ids))
+        self._offsets.append(self.tokens)
+
+    def close(self) -> dict[str, int]:
+        """Finish the files; the figures of the split."""
+        self._ids.close()
+        self._mask.close()
+        np.save(self.folder / f"{self.name}.offsets.npy", np.asarray(self._offsets, dtype=np.int64))
+        return {
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "longest": self.longest,
+        }

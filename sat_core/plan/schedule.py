@@ -1,0 +1,130 @@
+"""LORS, the ladder omission-rate scheduler, and how a mean rate is spread over layers. Pure data, no torch.
+
+Rate 0 on the dense start [0, dense_start T), the full rate on [dense_start T, sparse_share T), then `rungs` equal
+stages whose rate falls by 1/rungs each, the last one dense (Ma et al. 2024, section on LORS; the fractions are ours,
+the paper's are not public). The road not taken is a rate that falls every step: each width costs a compiled graph and
+a refresh, a ladder needs a handful.
+
+Steps are 0-based here: step t is the update that takes the model from t to t + 1 finished steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+MAX_LAYER_RATE = 0.9375
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Steps [first_step, last_step] with one share of the full omission rate; `share` is in [0, 1]."""
+
+    first_step: int
+    last_step: int
+    share: float
+    state: str
+
+    @property
+    def num_steps(self) -> int:
+        """Length in optimizer steps."""
+        return self.last_step - self.first_step + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """The schedule of one run; `share_at(t)` times a layer's rate is its omission rate at step t."""
+
+    total_steps: int
+    dense_start: float
+    sparse_share: float
+    rungs: int
+
+    def share_at(self, step: int) -> float:
+        """Share of the full omission rate at 0-based `step`."""
+        start, constant = math.ceil(self.dense_start * self.total_steps), self._constant_end()
+        if step < start:
+            return 0.0
+        if step < constant:
+            return 1.0
+        rung = (step - constant) * self._rungs // (self.total_steps - constant)
+        return 1.0 - (rung + 1) / self._rungs
+
+    def phases(self) -> list[Phase]:
+        """The run as maximal stretches of equal share, in order; their steps sum to `total_steps`."""
+        edges = [0, math.ceil(self.dense_start * self.total_steps), self._constant_end()]
+        width = self.total_steps - self._constant_end()
+        edges += [
+            self._constant_end() + math.ceil(width * k / self.rungs)
+            for k in range(1, self.rungs + 1)
+        ]
+        phases: list[Phase] = []
+        for first, end in itertools.pairwise(edges):
+            if end <= first:
+                continue
+            share = self.share_at(first)
+            state = "training_dense_start" if first == 0 and share == 0 else _state(share)
+            phases.append(Phase(first_step=first, last_step=end - 1, share=share, state=state))
+        return phases
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase that holds 0-based `step`."""
+        return next(p for p in self.phases() if p.first_step <= step <= p.last_step)
+
+    @property
+    def _rungs(self) -> int:
+        """A run too short for all rungs has as many as it has steps left, so that its last step is dense."""
+        return max(1, min(self.rungs, self.total_steps - self._constant_end()))
+
+    def _constant_end(self) -> int:
+        start = math.ceil(self.dense_start * self.total_steps)
+        return min(self.total_steps, max(start, math.floor(self.sparse_share * self.total_steps)))
+
+
+def _state(share: float) -> str:
+    return (
+        "training_dense_finish"
+        if share == 0
+        else "training_sparse"
+        if share == 1
+        else "training_ladder"
+    )
+
+
+def layer_rates(mean_rate: float, num_layers: int, allotment: str) -> tuple[float, ...]:
+    """Omission rate of each layer, their mean being `mean_rate`.
+
+    `uniform` is the same everywhere. `exempt` keeps the first and the last max(1, layers // 16) dense and lets the
+    others give more, up to 15/16; what they cannot give falls back on the exempt ones. On a small model the first
+    layer alone carried nine tenths of the damage, which is why this is the default.
+    """
+    exempt = max(1, num_layers // 16)
+    inner = num_layers - 2 * exempt
+    if allotment == "uniform" or inner < 1 or mean_rate == 0:
+        return (mean_rate,) * num_layers
+    inner_rate = min(mean_rate * num_layers / inner, max(MAX_LAYER_RATE, mean_rate))
+    outer_rate = max(0.0, (mean_rate * num_layers - inner_rate * inner) / (2 * exempt))
+    return (outer_rate,) * exempt + (inner_rate,) * inner + (outer_rate,) * exempt
+
+
+def awake_units(num_units: int, rate: float, multiple: int) -> int:
+    """Units that stay awake at `rate`, rounded to a multiple (hardware tiles), at least one, all at rate 0."""
+    if rate <= 0:
+        return num_units
+    wanted = (1.0 - rate) * num_units / multiple
+    return min(num_units, max(multiple, round(wanted) * multiple))
+
+
+def learning_rate_at(
+    step: int, *, peak: float, total_steps: int, warmup_steps: int, schedule: str
+) -> float:
+    """Learning rate of 0-based `step`: linear warm-up, then cosine or linear to zero, or constant."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * (1.0 - done)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -1,0 +1,138 @@
+"""Tiny random models of the stock classes, batches, and run folders for the core's tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sat_core.data.corpus import IGNORED_LABEL, Batch
+
+VOCAB = 96
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def tiny_model(
+    model_type: str = "llama", *, kv_heads: int = 2, tied: bool = False, seed: int = 0, **extra: Any
+) -> Any:
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        model_type,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **extra,
+    )
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+def random_batch(seed: int, *, rows: int = 3, width: int = 16) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (rows, width), generator=generator)
+    lengths = torch.randint(width // 2, width + 1, (rows,), generator=generator)
+    labels = ids.clone()
+    for row, length in enumerate(lengths.tolist()):
+        ids[row, length:] = 0
+        labels[row, length:] = IGNORED_LABEL
+        labels[row, : row + 1] = IGNORED_LABEL
+    return Batch(ids, labels, lengths)
+
+
+def write_model(folder: Path) -> Path:
+    """A tiny Llama with a word tokenizer and a chat template, saved as a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "<pad>",
+        "<bos>",
+        "<eos>",
+        "<unk>",
+        *(chr(c) for c in range(97, 123)),
+        *(f"w{i}" for i in range(60)),
+    ]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w0 ' if m['role'] == 'user' else 'w1 ' }}{{ m['content'] }} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}{{ 'w1 ' }}{% endif %}"
+    )
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, *, documents: int = 60) -> Path:
+    generator = torch.Generator().manual_seed(5)
+    lines = []
+    for _ in range(documents):
+        picks = torch.randint(0, 26, (24,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(chr(97 + p) for p in sorted(picks))}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run_core(command: str, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-m", "sat_core", command, str(folder), *args],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def prepare(
+    root: Path, *, data: Path, sat: dict[str, Any], hyperparameters: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Run `prepare` in `root`/prepare; the prepared JSON."""
+    folder = root / "prepare"
+    folder.mkdir(parents=True)
+    model = root / "model"
+    if not model.exists():
+        write_model(model)
+    config = {
+        "format": "satune.prepare/1",
+        "request": {
+            "model": "local/tiny",
+            "seed": 3,
+            "hyperparameters": hyperparameters,
+            "sat": sat,
+        },
+        "model": {"name": "local/tiny", "path": str(model), "revision": None},
+        "training_file": {"path": str(data), "filename": data.name},
+        "validation_file": None,
+        "corpora_dir": str(root / "corpora"),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    done = run_core("prepare", folder)
+    assert done.returncode == 0, done.stderr + (folder / "events.jsonl").read_text()
+    return dict(json.loads((folder / "train.json").read_text()))
