@@ -121,7 +121,8 @@ class SlicedBlock:
             if state:
                 self._move_moments(part, state, awake_K, sleepers)
             full = self.dense(part)
-            part.parameter.data, part.asleep = _part(part, full, awake_K, sleepers)
+            awake, part.asleep = _part(part, full, awake_K, sleepers)
+            _replace(part.parameter, awake)
             _state_features(part)
         self.awake_K = awake_K
 
@@ -210,6 +211,18 @@ def _part(
         return full, None
     awake = full.index_select(part.dim, part.row_indices(awake_K))
     return awake, full.index_select(part.dim, part.row_indices(sleepers))
+
+
+def _replace(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Swap `.data`, and with it the gradient accumulator.
+
+    A loss that somebody still holds keeps the old accumulator alive, and with it the old shape; torch forgets it only when
+    the type changes, so the type changes for a moment.
+    """
+    parameter.data = tensor.new_empty(
+        0, dtype=torch.float16 if tensor.dtype != torch.float16 else torch.float32
+    )
+    parameter.data = tensor
 
 
 def _state_features(part: SlicedParameter) -> None:

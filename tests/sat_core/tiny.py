@@ -1,14 +1,13 @@
 """Tiny random models of the stock classes, batches, and run folders for the core's tests."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sat_core.__main__ import main
 from sat_core.data.corpus import IGNORED_LABEL, Batch
 
 VOCAB = 96
@@ -94,16 +93,9 @@ def write_text(path: Path, *, documents: int = 60) -> Path:
     return path
 
 
-def run_core(command: str, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, "-m", "sat_core", command, str(folder), *args],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+def run_core(command: str, folder: Path) -> int:
+    """The program's own `main`, in this process: importing torch anew costs seconds a run."""
+    return main([command, str(folder)])
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -133,6 +125,5 @@ def prepare(
         "corpora_dir": str(root / "corpora"),
     }
     (folder / "config.json").write_text(json.dumps(config))
-    done = run_core("prepare", folder)
-    assert done.returncode == 0, done.stderr + (folder / "events.jsonl").read_text()
+    assert run_core("prepare", folder) == 0, (folder / "events.jsonl").read_text()
     return dict(json.loads((folder / "train.json").read_text()))
