@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_VALIDATION_SPLIT = 0.05
 MAX_CARVED_SEQUENCES = 200
+_NOTHING: dict[str, Any] = {"rows": 0, "truncated_rows": 0, "untrained_rows": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,25 +88,20 @@ class Preparation:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
     def _write(self, folder: Path, renderer: Renderer) -> None:
-        train, held = SplitWriter(folder, "train"), SplitWriter(folder, "validation")
-        figures: dict[str, Any] = {
-            "rows": 0,
-            "truncated_rows": 0,
-            "untrained_rows": 0,
-            "carved": self.validation is None,
-        }
+        figures = {**_NOTHING, "carved": self.validation is None}
         split = DEFAULT_VALIDATION_SPLIT if self.validation_split is None else self.validation_split
         every = round(1 / split) if self.validation is None and split > 0 else 0
-        for number, sequence in enumerate(self._sequences(self.training, renderer, figures)):
-            carve = every and number % every == every - 1 and held.sequences < MAX_CARVED_SEQUENCES
-            (held if carve else train).add(sequence)
-        if self.validation is not None:
-            for sequence in self._sequences(
-                self.validation, renderer, {"rows": 0, "truncated_rows": 0, "untrained_rows": 0}
-            ):
-                held.add(sequence)
-        figures |= train.close()
-        figures["validation"] = held.close()
+        with SplitWriter(folder, "train") as train, SplitWriter(folder, "validation") as held:
+            for number, sequence in enumerate(self._sequences(self.training, renderer, figures)):
+                carve = (
+                    every and number % every == every - 1 and held.sequences < MAX_CARVED_SEQUENCES
+                )
+                (held if carve else train).add(sequence)
+            if self.validation is not None:
+                for sequence in self._sequences(self.validation, renderer, {**_NOTHING}):
+                    held.add(sequence)
+            figures |= train.finish()
+            figures["validation"] = held.finish()
         if figures["trained_tokens"] == 0:
             raise DataError(
                 f"{self.training.filename}: not one token of {figures['rows']} rows would be trained on. Either every "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -45,10 +45,8 @@ class SplitWriter:
         self.longest = max(self.longest, len(rendered.ids))
         self._offsets.append(self.tokens)
 
-    def close(self) -> dict[str, int]:
-        """Finish the files; the figures of the split."""
-        self._ids.close()
-        self._mask.close()
+    def finish(self) -> dict[str, int]:
+        """Write the offsets; the figures of the split."""
         np.save(self.folder / f"{self.name}.offsets.npy", np.asarray(self._offsets, dtype=np.int64))
         return {
             "sequences": self.sequences,
@@ -56,3 +54,10 @@ class SplitWriter:
             "trained_tokens": self.trained_tokens,
             "longest": self.longest,
         }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ids.close()
+        self._mask.close()

@@ -79,11 +79,11 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer_folder: Pat
 
 def test_text_is_packed_and_no_token_is_lost(tmp_path: Path) -> None:
     data = tmp_path / "d.txt"
-    data.write_text("a b c\n<|endoftext|>\nd e f g\n")
+    data.write_text("a b c\n<|endoftext|>\nd e f g h\n")
     prepared = prepare(
         tmp_path,
         data=data,
-        sat={"train": {"max_seq_len": 6, "max_steps": 1}, "data": {"validation_split": 0}},
+        sat={"train": {"max_seq_len": 8, "max_steps": 1}, "data": {"validation_split": 0}},
     )
     corpus = Corpus(Path(prepared["config"]["corpus"]), "train")
     ids = np.concatenate(
@@ -93,8 +93,8 @@ def test_text_is_packed_and_no_token_is_lost(tmp_path: Path) -> None:
         ]
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert tokenizer.decode(ids) == "a b c <eos> d e f g <eos>"
-    assert prepared["figures"]["tokens"] == 9
+    assert tokenizer.decode(ids) == "a b c <eos> d e f g h <eos>"
+    assert prepared["figures"]["tokens"] == 10
 
 
 def test_supervised_rows_are_padded_and_masked(tmp_path: Path) -> None:
