@@ -181,7 +181,7 @@ def main() -> None:
         for number in range(args.rounds):
             for name, steps in arms.items():
                 seconds[name] += steps(args.steps)[1:]
-            print(f"round {number + 1}/{args.rounds}", flush=True)  # noqa: T201
+            print(f"round {number + 1}/{args.rounds}", flush=True)
     median = {name: statistics.median(s) for name, s in seconds.items()}
     bound = flop_bound(shape, dense_sparsity, sparse_sparsity)
     speedup = median["satune dense"] / median["satune sparse .5"]
@@ -200,11 +200,11 @@ def main() -> None:
     for name, figures in result["seconds"].items():
         print(
             f"{name:18} {figures['median']:.3f} s  [{figures['min']:.3f}, {figures['max']:.3f}]  n={figures['steps']}"
-        )  # noqa: T201
+        )
     print(
         f"sparse over dense  {speedup:.2f}x (bound by FLOPs {bound:.2f}x, efficiency {result['efficiency']:.2f})"
-    )  # noqa: T201
-    print(f"dense over Trainer {result['dense_over_trainer']:.2f}x")  # noqa: T201
+    )
+    print(f"dense over Trainer {result['dense_over_trainer']:.2f}x")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 
