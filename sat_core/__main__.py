@@ -90,7 +90,7 @@ def _train(
 
 def _prepare(folder: Path, config: dict[str, Any], events: EventLog) -> None:
     from sat_core.data.preparing import Preparation, Source
-    from sat_core.data.tokenizer import load_tokenizer, model_config
+    from sat_core.data.tokenizer import hub_revision, load_tokenizer, model_config
     from sat_core.plan.families import shape_of
     from sat_core.plan.request import RunRequest
     from sat_core.plan.resolve import check_mode, max_seq_len, resolve
@@ -103,9 +103,10 @@ def _prepare(folder: Path, config: dict[str, Any], events: EventLog) -> None:
     check_mode(request)
     model = config["model"]
     source = model["path"] or model["name"]
+    revision = model["revision"] or (None if model["path"] else hub_revision(model["name"]))
     events.state("checking_dataset", f"Reading {config['training_file']['filename']}")
-    shape = shape_of(model_config(source, revision=model["revision"]))
-    tokenizer = load_tokenizer(source, revision=model["revision"])
+    shape = shape_of(model_config(source, revision=revision))
+    tokenizer = load_tokenizer(source, revision=revision)
     held = config["validation_file"]
     events.state("tokenizing", "Rendering, masking and tokenising")
     corpus, figures = Preparation(
@@ -123,7 +124,7 @@ def _prepare(folder: Path, config: dict[str, Any], events: EventLog) -> None:
         shape,
         figures,
         model_path=model["path"],
-        revision=model["revision"],
+        revision=revision,
         corpus=str(corpus),
     )
     prepared = {

@@ -51,7 +51,7 @@ def read_rows(
 
 def _json_rows(path: Path, filename: str) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig") as file:
-        if filename.lower().endswith(".json") and file.read(1).strip() == "[":
+        if filename.lower().endswith(".json") and file.read(64).lstrip().startswith("["):
             file.seek(0)
             yield from enumerate(json.load(file), 1)
             return

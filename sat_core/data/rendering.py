@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from sat_core.plan.errors import DataError
 
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ '### ' + message['role'].capitalize() + ':\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token + '\\n' }}"
-    "{% endgeneration %}{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '### ' + message['role'].capitalize() + ':\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% if eos_token %}{{ eos_token }}{% endif %}{{ '\n' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
 )
 
 
@@ -36,7 +37,6 @@ class Renderer:
         self.default_template = not getattr(tokenizer, "chat_template", None)
         if self.default_template:
             tokenizer.chat_template = PLAIN_TEMPLATE
-            tokenizer.eos_token = tokenizer.eos_token or ""
         self._marked = "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(
             tokenizer.chat_template
         )

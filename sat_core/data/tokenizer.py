@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoTokenizer
 
 from sat_core.plan.errors import ModelError
@@ -43,4 +44,20 @@ def model_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     except Exception as error:
         raise ModelError(
             f"The model {path} has no usable config.json: {type(error).__name__}: {error}", "model"
+        ) from error
+
+
+def hub_revision(name: str) -> str:
+    """The commit that a hub model's main branch points to now, so that a job means one model for ever.
+
+    Raises:
+        ModelError: where the hub cannot be reached or has no such model.
+    """
+    try:
+        return str(HfApi().model_info(name).sha)
+    except Exception as error:
+        raise ModelError(
+            f"The model {name} cannot be found on the hub: {type(error).__name__}: {error}",
+            "model",
+            "model_download_failed",
         ) from error

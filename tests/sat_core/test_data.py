@@ -183,3 +183,24 @@ def test_an_upload_is_judged_the_same_however_it_is_cut() -> None:
     first, second = reports[0].problems
     assert (first.line, first.byte_offset, first.code) == (2, len(rows[0]) + 1, "bad_json")
     assert (second.line, second.pointer, second.code) == (3, "/messages/0/role", "bad_role")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps(MESSAGES))
+    config = {
+        "format": "satune.prepare/1",
+        "request": {"model": "some-org/no-such-model"},
+        "model": {"name": "some-org/no-such-model", "path": None, "revision": None},
+        "training_file": {"path": str(data), "filename": "d.jsonl"},
+        "validation_file": None,
+        "corpora_dir": str(tmp_path / "corpora"),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run_core("prepare", tmp_path) == 20
+    event = read_events(tmp_path)[-1]
+    assert event["code"] == "model_download_failed"
+    assert "some-org/no-such-model cannot be found" in event["message"]
