@@ -41,10 +41,10 @@ install:         ## set up for development and do nothing else
 # CUDA needs stays in the lock of torch alone.
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
   --custom-compile-command "make lock"
-CUDA_ONLY = $(shell sed -nE 's/^((nvidia-|cuda-|triton)[a-z0-9-]*)(\[.*\])?==.*/--no-emit-package \1/p' requirements/torch-cuda.lock)
+CUDA_ONLY := sed -nE 's/^((nvidia-|cuda-|triton)[a-z0-9-]*)(\[.*\])?==.*/--no-emit-package \1/p' requirements/torch-cuda.lock
 lock:            ## resolve all dependencies anew
 	$(COMPILE) --upgrade requirements/constraints.txt -o requirements/torch-cuda.lock
-	$(COMPILE) --upgrade -c requirements/constraints.txt --no-emit-package torch $(CUDA_ONLY) \
+	$(COMPILE) --upgrade -c requirements/constraints.txt --no-emit-package torch $$($(CUDA_ONLY)) \
 	  --extra dev pyproject.toml -o requirements/dev.lock
 	for extra in api worker local; do \
 	  $(COMPILE) -c requirements/constraints.txt -c requirements/dev.lock --no-emit-package torch \
