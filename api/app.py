@@ -1,0 +1,101 @@
+"""The factory: `uvicorn --factory api.app:create_app`.
+
+Importing this module does nothing; the environment is read once, when the factory is called without settings. Schema
+migrations are not run here (`satune up` and the compose file run them once before): two API processes that start
+together must not both migrate. Interactive docs are off because FastAPI's load from a CDN; `/openapi.json` is served.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from jobs.store import Store
+
+from api import errors
+from api.auth import session_secret
+from api.dashboard import pages
+from api.deps import Services
+from api.gate import Gate
+from api.routes import files, fine_tuning, health, models
+from api.uploads import PARTIAL
+from jobs.artifacts import Artifacts
+from jobs.db import make_engine
+from jobs.queue import make_bell
+from jobs.settings import Settings
+
+# An upload that stands still this long has lost its process.
+STALE_UPLOAD_SECONDS = 24 * 3600
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service for these settings, by default those of the environment."""
+    chosen = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = make_engine(chosen)
+        store = Store(engine)
+        bell = make_bell(chosen)
+        if chosen.api_key:
+            store.ensure_key(chosen.api_key, name="bootstrap")
+        artifacts = Artifacts.from_settings(chosen)
+        _forget_stale_uploads(artifacts.files)
+        app.state.services = Services(
+            settings=chosen,
+            store=store,
+            artifacts=artifacts,
+            bell=bell,
+            session_secret=session_secret(chosen.data_dir),
+        )
+        yield
+        engine.dispose()
+
+    app = FastAPI(
+        title="Satune",
+        version=health.release(),
+        description="Managed sparse fine-tuning. Routes under /v1 keep the shapes of the OpenAI API.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )
+    app.add_middleware(Gate, allowed_hosts=chosen.allowed_hosts)
+    errors.install(app)
+    for router in (files.router, fine_tuning.router, models.router, health.router):
+        app.include_router(router)
+    pages.install(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _forget_stale_uploads(folder: Path) -> None:
+    for path in folder.glob(PARTIAL + "*"):
+        if time.time() - path.stat().st_mtime > STALE_UPLOAD_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description without the 422 it adds to every route: ours answers 400, and says so."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title,
+            version=app.version,
+            openapi_version=app.openapi_version,
+            description=app.description,
+            routes=app.routes,
+            license_info=app.license_info,
+        )
+        for path in schema["paths"].values():
+            for operation in path.values():
+                answers = operation["responses"]
+                if "x-error-codes" not in answers.get("422", {"x-error-codes": []}):
+                    del answers["422"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,270 @@
+"""Routes of the dashboard. A page without a session is answered with the sign-in page and 401, never a redirect.
+
+Pages are HTML made of the same records that the API speaks; parts of them are asked for again by htmx, charts ask for
+metrics after the last step they have.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Form, Query, Request
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from starlette.types import Scope
+
+from api.auth import COOKIE, SignInNeededError, Viewer, require_session, start_session
+from api.dashboard.thinning import thin
+from api.dashboard.words import FILTERS
+from api.deps import App, Services
+from api.errors import ApiError, error_response, request_id_of
+from api.routes.fine_tuning import result_archive
+from api.routes.health import release
+from api.schemas.jobs import report
+from jobs.errors import InvalidCursor, JobTerminal, NotFound
+from jobs.spec import JobRecord
+from jobs.states import TERMINAL, Status
+
+HERE = Path(__file__).parent
+JOBS_PER_PAGE = 25
+EVENTS_SHOWN = 30
+# Above this many rows a chart has more points than pixels.
+MAX_CHART_ROWS = 2000
+METRICS_PER_READ = 10_000
+THEMES = ("light", "dark")
+
+pages = APIRouter(dependencies=[Depends(require_session)], include_in_schema=False)
+sign_in = APIRouter(include_in_schema=False)
+
+
+@functools.cache
+def templates() -> Environment:
+    """The templates; an undefined name is an error, all output is escaped."""
+    found = Environment(
+        loader=PackageLoader("api.dashboard"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= FILTERS
+    found.globals |= {
+        "asset": asset,
+        "release": release(),
+        "terminal": TERMINAL,
+        "statuses": tuple(Status),
+    }
+    return found
+
+
+@functools.cache
+def asset(name: str) -> str:
+    """The address of a static file with a hash of its bytes, so that it may be cached for ever."""
+    digest = hashlib.sha256((HERE / "static" / name).read_bytes()).hexdigest()
+    return f"/static/{name}?v={digest[:12]}"
+
+
+class Assets(StaticFiles):
+    """Static files; those asked for by hash never change."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """The file, to be kept for a year where its address holds its hash."""
+        response = await super().get_response(path, scope)
+        fixed = b"v=" in scope["query_string"]
+        response.headers["cache-control"] = (
+            "public, max-age=31536000, immutable" if fixed else "no-cache"
+        )
+        return response
+
+
+def render(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+    """A template as an answer, in the theme that the reader chose."""
+    theme = request.cookies.get("satune_theme")
+    html = (
+        templates()
+        .get_template(name)
+        .render(
+            theme=theme if theme in THEMES else None,
+            signed_in=status != 401 and COOKIE in request.cookies,
+            path=request.url.path,
+            **values,
+        )
+    )
+    return HTMLResponse(html, status_code=status, headers={"cache-control": "no-store"})
+
+
+@pages.get("/")
+def jobs_page(
+    request: Request,
+    app: App,
+    project: Viewer,
+    status: Annotated[str, Query()] = "",
+    after: Annotated[str | None, Query()] = None,
+) -> HTMLResponse:
+    """The jobs of the project, newest first."""
+    chosen = status if status in set(Status) else ""
+    try:
+        page = app.store.list_jobs(project, after=after, limit=JOBS_PER_PAGE, status=chosen or None)
+    except InvalidCursor:
+        return _missing(request, "This page of the list no longer exists.")
+    counts = app.store.counts_by_status(project)
+    query = {"status": chosen, "after": after}
+    values = {
+        "jobs": page.items,
+        "counts": {str(name): count for name, count in counts.items()},
+        "total": sum(counts.values()),
+        "chosen": chosen,
+        "after": after,
+        "here": "/?" + urlencode({k: v for k, v in query.items() if v}),
+        "next_page": "/?" + urlencode({"status": chosen, "after": page.items[-1].id})
+        if page.has_more
+        else None,
+    }
+    partial = request.headers.get("hx-request") == "true"
+    return render(request, "jobs_table.html" if partial else "jobs.html", **values)
+
+
+@pages.get("/jobs/{job_id}")
+def job_page(job_id: str, request: Request, app: App, project: Viewer) -> HTMLResponse:
+    """One job; htmx asks for it again and gets the parts that change."""
+    try:
+        job = app.store.get_job(project, job_id)
+    except NotFound:
+        return _missing(request, f"There is no job {job_id} in this project.")
+    partial = request.headers.get("hx-request") == "true"
+    name = "job_live.html" if partial else "job.html"
+    return render(request, name, partial=partial, **_job_values(app, job))
+
+
+def _job_values(app: Services, job: JobRecord) -> dict[str, Any]:
+    events = app.store.events(
+        job.project, job.id, after=None, limit=EVENTS_SHOWN, newest_first=True
+    )
+    asked = {"model": job.model, **job.request}
+    return {
+        "job": job,
+        "report": report(job, app),
+        "files": {
+            name: _filename(app, job.project, getattr(job, name))
+            for name in ("training_file", "validation_file")
+        },
+        "events": [e for e in events.items if e.type != "metrics"],
+        "requested": json.dumps(asked, indent=2),
+        "resolved": json.dumps(job.config, indent=2) if job.config else None,
+    }
+
+
+def _filename(app: Services, project: str, file_id: str | None) -> str | None:
+    if file_id is None:
+        return None
+    try:
+        return app.store.get_file(project, file_id).filename
+    except NotFound:
+        return f"{file_id} (deleted)"
+
+
+@pages.get("/jobs/{job_id}/metrics.json")
+def chart_rows(
+    job_id: str, app: App, project: Viewer, after: Annotated[int, Query(ge=-1)] = -1
+) -> JSONResponse:
+    """Rows after a step for the charts, thinned where they are more than a chart can show."""
+    job = app.store.get_job(project, job_id)
+    rows: list[Any] = []
+    columns, found, more = app.store.metrics(
+        project, job_id, after_step=after, limit=METRICS_PER_READ
+    )
+    step = list(columns).index("step")
+    rows += found
+    while more:
+        _, found, more = app.store.metrics(
+            project, job_id, after_step=found[-1][step], limit=METRICS_PER_READ
+        )
+        rows += found
+    kept = thin(columns, rows, MAX_CHART_ROWS)
+    return JSONResponse(
+        {
+            "columns": list(columns),
+            "rows": [list(row) for row in kept],
+            "last_step": rows[-1][step] if rows else after,
+            "measured": len(rows),
+            "ended": job.status in TERMINAL,
+            "total_steps": job.total_steps,
+        },
+        headers={"cache-control": "no-store"},
+    )
+
+
+@pages.post("/jobs/{job_id}/cancel")
+def cancel(job_id: str, background: BackgroundTasks, app: App, project: Viewer) -> RedirectResponse:
+    """Cancel from the page; a job that has ended meanwhile is simply shown."""
+    try:
+        app.store.cancel_job(project, job_id)
+    except JobTerminal:
+        return RedirectResponse(f"/jobs/{job_id}", status_code=303)
+    background.add_task(app.bell.ring)
+    return RedirectResponse(f"/jobs/{job_id}", status_code=303)
+
+
+@pages.get("/jobs/{job_id}/model.tar")
+def model_archive(job_id: str, app: App, project: Viewer) -> StreamingResponse:
+    """The result for a browser, which holds no API key."""
+    return result_archive(app, project, job_id)
+
+
+@sign_in.get("/login", response_model=None)
+def login_page(request: Request, app: App, key: Annotated[str | None, Query()] = None) -> Response:
+    """The form, or at once a session where the address carries a valid key, as `satune up` prints it."""
+    return render(request, "login.html", wrong=False) if key is None else _login(request, app, key)
+
+
+@sign_in.post("/login", response_model=None)
+def login(request: Request, app: App, key: Annotated[str, Form()] = "") -> Response:
+    """A session for a valid key."""
+    return _login(request, app, key)
+
+
+@sign_in.post("/logout")
+def logout() -> RedirectResponse:
+    """End the session."""
+    response = RedirectResponse("/login", status_code=303)
+    response.delete_cookie(COOKIE, path="/")
+    return response
+
+
+def _login(request: Request, app: Services, secret: str) -> Response:
+    key = app.store.authenticate(secret.strip())
+    if key is None:
+        return render(request, "login.html", status=401, wrong=True)
+    # 303 to a clean address: the key leaves the address bar and the history entry.
+    response = RedirectResponse("/", status_code=303)
+    start_session(response, app, key)
+    return response
+
+
+def _missing(request: Request, message: str) -> HTMLResponse:
+    return render(request, "missing.html", status=404, message=message)
+
+
+def install(app: FastAPI) -> None:
+    """Add the pages, their static files, and the sign-in page as the answer where a session is missing."""
+
+    def ask_to_sign_in(request: Request, _: Exception) -> Response:
+        if request.url.path.endswith(".json"):
+            ended = ApiError("invalid_api_key", "The session has ended; sign in again.")
+            return error_response(ended, request_id_of(request))
+        return render(request, "login.html", status=401, wrong=False)
+
+    app.add_exception_handler(SignInNeededError, ask_to_sign_in)
+    app.include_router(pages)
+    app.include_router(sign_in)
+    app.mount("/static", Assets(directory=HERE / "static"), name="static")

@@ -1,0 +1,137 @@
+/* The charts of a job page: rows after the last known step are asked for at each tick and appended; uPlot draws them.
+   Every chart has a sentence beside it that says the same, since a canvas says nothing to a screen reader. The road not
+   taken is a stream per tab: browsers hold six connections to a server, and the seventh tab would hang. */
+(() => {
+  "use strict";
+  const box = document.getElementById("charts");
+  if (!box || !window.uPlot) return;
+
+  const columns = ["step", "loss", "eval_loss", "omission_rate_mlp", "omission_rate_attention", "tokens_per_second", "learning_rate"];
+  const data = Object.fromEntries(columns.map((name) => [name, []]));
+  let smooth = [];
+  let lastStep = -1;
+  let totalSteps = null;
+  let busy = false;
+  const plots = [];
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const fixed = (value, digits) => (value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: Math.min(digits, 3) }));
+  const share = (value) => (value == null ? "–" : `${Math.round(value * 100)} %`);
+  const last = (values) => { for (let i = values.length - 1; i >= 0; i--) if (values[i] != null) return values[i]; return null; };
+  const first = (values) => values.find((value) => value != null) ?? null;
+
+  /* An average whose weight falls with distance in steps, with its start corrected; the raw line stays behind it. */
+  function smoothed(steps, values) {
+    const span = Math.max(4, steps.length / 40);
+    const stride = steps.length > 1 ? (steps[steps.length - 1] - steps[0]) / (steps.length - 1) : 1;
+    let sum = 0, weight = 0, before = null;
+    return values.map((value, i) => {
+      if (value == null) return weight ? sum / weight : null;
+      const fade = before == null ? 0 : Math.exp(-(steps[i] - before) / (span * stride));
+      sum = sum * fade + value; weight = weight * fade + 1; before = steps[i];
+      return sum / weight;
+    });
+  }
+
+  const stepped = window.uPlot.paths.stepped({ align: -1 });
+  const line = (label, color, more) => ({ label, stroke: () => css(color), width: 2, spanGaps: true, points: { show: false }, ...more });
+  const dots = (color) => ({ show: true, size: 7, fill: () => css(color), stroke: () => css("--card") });
+  const number = (digits) => (_, value) => fixed(value, digits);
+
+  const kinds = {
+    loss: {
+      series: [
+        line("Each step", "--line-1-faint", { width: 1, value: number(4) }),
+        line("Training, smoothed", "--line-1", { value: number(4) }),
+        line("Held-out", "--line-2", { dash: [6, 4], points: dots("--line-2"), value: number(4) }),
+      ],
+      values: () => [data.loss, smooth, data.eval_loss],
+      say: () => {
+        const from = first(data.eval_loss), to = last(data.eval_loss);
+        const held = from == null ? "" : ` Held-out loss ${fixed(from, 3)}${to !== from ? `, now ${fixed(to, 3)}` : " before training"}.`;
+        return `Training loss ${fixed(last(smooth), 3)} at step ${lastStep.toLocaleString("en")}.${held}`;
+      },
+    },
+    omission: {
+      range: [0, 1],
+      axis: (_, ticks) => ticks.map((value) => share(value)),
+      series: [
+        line("MLP channels", "--line-1", { paths: stepped, fill: () => css("--line-1-wash"), value: (_, v) => share(v) }),
+        line("Attention heads", "--line-2", { paths: stepped, dash: [6, 4], value: (_, v) => share(v) }),
+      ],
+      values: () => [data.omission_rate_mlp, data.omission_rate_attention],
+      say: () => `Now ${share(last(data.omission_rate_mlp))} of MLP channels and ${share(last(data.omission_rate_attention))} of attention heads are left out; at most ${share(Math.max(0, ...data.omission_rate_mlp))} and ${share(Math.max(0, ...data.omission_rate_attention))}.`,
+    },
+    speed: {
+      floor: true,
+      series: [line("Tokens per second", "--line-1", { width: 1.5, value: number(0) })],
+      values: () => [data.tokens_per_second],
+      say: () => `${fixed(last(data.tokens_per_second), 0)} at step ${lastStep.toLocaleString("en")}.`,
+    },
+    rate: {
+      floor: true,
+      axis: (_, ticks) => ticks.map((value) => (value ? value.toExponential(1) : "0")),
+      series: [line("Learning rate", "--line-1", { width: 1.5, value: (_, v) => (v == null ? "–" : v.toExponential(2)) })],
+      values: () => [data.learning_rate],
+      say: () => `${(last(data.learning_rate) ?? 0).toExponential(2)} at step ${lastStep.toLocaleString("en")}.`,
+    },
+  };
+
+  function draw(figure) {
+    const kind = kinds[figure.dataset.chart];
+    const place = figure.querySelector(".plot");
+    const axis = { stroke: () => css("--quiet"), grid: { stroke: () => css("--grid"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
+    const y = {};
+    if (kind.range) y.range = kind.range;
+    else if (kind.floor) y.range = (_, low, high) => [0, high > 0 ? high * 1.1 : 1];
+    const plot = new window.uPlot({
+      width: place.clientWidth,
+      height: figure.classList.contains("wide") ? 260 : 180,
+      cursor: { sync: { key: "steps" }, points: { size: 7 } },
+      scales: { x: { time: false, range: (_, low, high) => [low ?? 0, Math.max(totalSteps ?? 0, high ?? 1, 1)] }, y },
+      axes: [{ ...axis, values: (_, ticks) => ticks.map((v) => (Number.isInteger(v) ? v.toLocaleString("en") : "")) }, { ...axis, size: 62, values: kind.axis }],
+      series: [{ label: "Step", value: (_, v) => (v == null ? "–" : v.toLocaleString("en")) }, ...kind.series],
+    }, [data.step, ...kind.values()], place);
+    /* The cells of the legend are made by uPlot and are reachable by mouse alone; the sentence says the same. */
+    plot.root.querySelector(".u-legend")?.setAttribute("role", "presentation");
+    plots.push({ plot, kind, place, say: figure.querySelector(".summary") });
+  }
+
+  function redraw() {
+    if (!data.step.length) return;
+    smooth = smoothed(data.step, data.loss);
+    if (!plots.length) box.querySelectorAll("[data-chart]").forEach(draw);
+    for (const { plot, kind, say } of plots) {
+      plot.setData([data.step, ...kind.values()]);
+      const words = kind.say();
+      if (say.textContent !== words) say.textContent = words;
+    }
+  }
+
+  async function more() {
+    if (busy) return;
+    busy = true;
+    try {
+      const answer = await fetch(`${box.dataset.rows}?after=${lastStep}`, { headers: { accept: "application/json" } });
+      if (!answer.ok) return;
+      const body = await answer.json();
+      totalSteps = body.total_steps;
+      const at = columns.map((name) => body.columns.indexOf(name));
+      for (const row of body.rows) columns.forEach((name, i) => data[name].push(row[at[i]]));
+      lastStep = body.last_step;
+      if (body.rows.length) redraw();
+    } catch {
+      /* The server is away: the next tick asks again, and what is drawn stays. */
+    } finally {
+      busy = false;
+    }
+  }
+
+  const recolour = () => plots.forEach(({ plot }) => plot.redraw());
+  document.addEventListener("satune:tick", more);
+  document.addEventListener("satune:theme", recolour);
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
+  new ResizeObserver(() => {
+    for (const { plot, place } of plots) if (place.clientWidth !== plot.width) plot.setSize({ width: place.clientWidth, height: plot.height });
+  }).observe(box);
+  more();
+})();

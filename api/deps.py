@@ -1,0 +1,41 @@
+"""What routes need of the process, made once in `create_app` and handed in; no globals."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+from jobs.store import Store
+
+from jobs.artifacts import Artifacts
+from jobs.errors import NotFound
+from jobs.queue import Bell
+from jobs.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """The parts of the house that the API stands on."""
+
+    settings: Settings
+    store: Store
+    artifacts: Artifacts
+    bell: Bell
+    session_secret: str
+
+    def model_path(self, project: str, name: str) -> Path | None:
+        """Folder of the result `name`, or None where it was deleted."""
+        try:
+            return self.artifacts.absolute(self.store.get_model(project, name).path)
+        except NotFound:
+            return None
+
+
+def services(request: Request) -> Services:
+    """The services of the app that answers this request."""
+    found = request.app.state.services
+    assert isinstance(found, Services)  # noqa: S101 - set by the lifespan before any request
+    return found
+
+
+App = Annotated[Services, Depends(services)]

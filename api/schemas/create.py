@@ -1,0 +1,169 @@
+"""The body of a create, checked by hand: strict on names, and every refusal names the field, the value and the fix.
+
+Ranges live in `sat_core.plan.request`, one place for web, command line and scripts; here is only what the service adds:
+files, suffix, metadata. The body is read from the request rather than declared to FastAPI, so that a missing key is
+answered before a broken body is looked at. The road not taken is a pydantic model beside the core's own dataclasses:
+two sets of ranges, and messages that say "extra_forbidden" where the nearest name was wanted.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from api.errors import ApiError, refuse_unknown
+from sat_core.plan.request import RunRequest, sat_json_schema
+
+MAX_BODY_BYTES = 1 << 20
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
+SUFFIX_CHARS = 64
+KEYS = (
+    "model",
+    "training_file",
+    "validation_file",
+    "suffix",
+    "seed",
+    "metadata",
+    "method",
+    "hyperparameters",
+    "integrations",
+    "sat",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateJob:
+    """A create whose every value is allowed; whether its files and model exist is the route's question."""
+
+    run: RunRequest
+    training_file: str
+    validation_file: str | None
+    suffix: str | None
+    metadata: dict[str, str]
+    fingerprint: str
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The request's JSON object; refuses what is too large, no JSON, or no object."""
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > MAX_BODY_BYTES:
+            raise ApiError("request_too_large", f"The body has more than {MAX_BODY_BYTES} bytes.")
+    try:
+        body = json.loads(raw or b"null")
+    except (ValueError, RecursionError) as error:
+        raise ApiError("invalid_request", f"The body is not valid JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise ApiError("invalid_request", "The body must be a JSON object.")
+    return body
+
+
+def check(body: dict[str, Any]) -> CreateJob:
+    """The body as a CreateJob; raises ApiError or ConfigError at the first value that is not allowed."""
+    refuse_unknown(list(body), KEYS)
+    for name in ("model", "training_file"):
+        if body.get(name) is None:
+            raise ApiError("missing_required_parameter", f"{name} is missing.", name)
+    if body.get("integrations"):
+        raise ApiError("unsupported_parameter", "integrations are not supported.", "integrations")
+    named = ("model", "seed", "method", "hyperparameters", "sat")
+    run = RunRequest.from_dict({name: body[name] for name in named if body.get(name) is not None})
+    return CreateJob(
+        run=run,
+        training_file=_text(body, "training_file", 64) or "",
+        validation_file=_text(body, "validation_file", 64),
+        suffix=_suffix(body),
+        metadata=_metadata(body.get("metadata")),
+        fingerprint=hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _text(body: dict[str, Any], name: str, limit: int) -> str | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 1 <= len(value) <= limit:
+        raise ApiError(
+            "invalid_value",
+            f"{name} is {value!r}; allowed is a string of 1 to {limit} characters.",
+            name,
+        )
+    return value
+
+
+def _suffix(body: dict[str, Any]) -> str | None:
+    suffix = _text(body, "suffix", SUFFIX_CHARS)
+    if suffix is not None and not all(c.isascii() and (c.isalnum() or c in "-_.") for c in suffix):
+        raise ApiError(
+            "invalid_value",
+            f"suffix is {suffix!r}; allowed are letters, digits, dash, underscore and dot.",
+            "suffix",
+        )
+    return suffix
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    good = (
+        isinstance(value, dict)
+        and len(value) <= MAX_METADATA
+        and all(
+            isinstance(item, str)
+            and len(item) <= MAX_METADATA_VALUE
+            and 1 <= len(name) <= MAX_METADATA_KEY
+            for name, item in value.items()
+        )
+    )
+    if not good:
+        raise ApiError(
+            "invalid_value",
+            f"metadata is {value!r}; allowed is an object of at most {MAX_METADATA} strings, "
+            f"names up to {MAX_METADATA_KEY} characters, values up to {MAX_METADATA_VALUE}.",
+            "metadata",
+        )
+    return dict(value)
+
+
+def openapi_body() -> dict[str, Any]:
+    """The request body for OpenAPI, the `sat` part made from the fields that check it."""
+    auto = {"const": "auto"}
+    hyper = {
+        "type": "object",
+        "properties": {
+            "n_epochs": {"anyOf": [{"type": "integer", "minimum": 1}, auto]},
+            "batch_size": {"anyOf": [{"type": "integer", "minimum": 1}, auto]},
+            "learning_rate_multiplier": {
+                "anyOf": [{"type": "number", "exclusiveMinimum": 0}, auto]
+            },
+        },
+        "additionalProperties": False,
+    }
+    method = {
+        "type": "object",
+        "properties": {
+            "type": {"const": "supervised"},
+            "supervised": {"type": "object", "properties": {"hyperparameters": hyper}},
+        },
+    }
+    properties = {
+        "model": {"type": "string", "examples": ["local/NAME", "ORG/NAME"]},
+        "training_file": {"type": "string"},
+        "validation_file": {"type": ["string", "null"]},
+        "suffix": {"type": ["string", "null"], "minLength": 1, "maxLength": SUFFIX_CHARS},
+        "seed": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**31 - 1},
+        "metadata": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
+        "method": method,
+        "hyperparameters": hyper | {"deprecated": True},
+        "sat": sat_json_schema(),
+    }
+    schema = {
+        "type": "object",
+        "required": ["model", "training_file"],
+        "properties": properties,
+        "additionalProperties": False,
+    }
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

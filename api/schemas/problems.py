@@ -1,0 +1,47 @@
+"""The error body as OpenAPI shows it; `api.errors` makes the bytes."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from api.errors import ERRORS
+
+
+class ErrorDetail(BaseModel):
+    """What OpenAI's clients lift out of the body; `problems` name places inside the input."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str
+    problems: list[dict[str, Any]] | None = None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer that is not a success; the outer keys are RFC 9457's."""
+
+    error: ErrorDetail
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+
+
+ALWAYS = ("invalid_api_key", "invalid_host", "internal_error")
+
+
+def answers(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for a route that may answer with these codes, beside those every route may."""
+    by_status: dict[int, list[str]] = {}
+    for code in (*codes, *ALWAYS):
+        by_status.setdefault(ERRORS[code].status, []).append(code)
+    return {
+        status: {
+            "model": ErrorResponse,
+            "description": "; ".join(ERRORS[code].title for code in found),
+            "x-error-codes": found,
+        }
+        for status, found in sorted(by_status.items())
+    }
