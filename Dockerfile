@@ -1,5 +1,4 @@
-# Two images from one file: `api` (no torch, small) and `worker`. Build arguments: TORCH, the requirement to install
-# (torch-cuda.lock's version for GPUs).
+# Two images from one file: `api` (no torch, small) and `worker` (build argument ACCELERATOR: cpu or cuda).
 ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim AS base
@@ -22,9 +21,10 @@ EXPOSE 8000
 CMD ["python", "-m", "uvicorn", "--factory", "api.app:create_app", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM base AS worker
-ARG TORCH="torch==2.13.0+cpu"
-RUN pip install --retries 0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "${TORCH}"
-COPY requirements/worker.lock requirements/
+ARG ACCELERATOR=cpu
+COPY requirements/worker.lock requirements/torch-cuda.lock requirements/
+RUN if [ "$ACCELERATOR" = cuda ]; then pip install --require-hashes --no-deps -r requirements/torch-cuda.lock; \
+    else pip install --retries 0 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0+cpu"; fi
 RUN pip install --require-hashes --no-deps -r requirements/worker.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY jobs jobs

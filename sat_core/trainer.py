@@ -119,6 +119,7 @@ class Run:
         self.counters = Counters()
         self.first_eval: HeldOut | None = None
         self.last_eval: HeldOut | None = None
+        self.last_loss: float | None = None
         self.samples: list[dict[str, str]] = []
         self._warm = False
         if resume:
@@ -249,6 +250,7 @@ class Run:
     def _count(self, result: StepResult, seconds: float) -> None:
         counters = self.counters
         mlp, attention = self.sparsity.realised_rates()
+        self.last_loss = result.loss
         counters.step += 1
         counters.tokens += result.tokens
         counters.flops += result.flops
@@ -381,7 +383,7 @@ class Run:
             step=self.counters.step,
             path=f"checkpoints/{saved.name}",
             size_bytes=size,
-            metrics={"full_valid_loss": self.last_eval.loss} if self.last_eval else {},
+            metrics=self._last_figures(),
         )
         self.events.sync()
         for old in sorted(folder.glob("step-*"))[: -self.config.checkpoint_keep]:
@@ -390,6 +392,12 @@ class Run:
                 "checkpoint_deleted", step=int(old.name[5:]), path=f"checkpoints/{old.name}"
             )
         return saved
+
+    def _last_figures(self) -> dict[str, float]:
+        figures = {"loss": self.last_loss} if self.last_loss is not None else {}
+        if self.last_eval:
+            figures |= {"eval_loss": self.last_eval.loss, "eval_token_accuracy": self.last_eval.token_accuracy}
+        return figures
 
     def _leave_if_asked(self) -> None:
         if not self.stopping():

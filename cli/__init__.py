@@ -1,0 +1,1 @@
+"""`satune`, the command line: an HTTP client of the service, and `up`, which starts it."""

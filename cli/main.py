@@ -1,0 +1,226 @@
+"""The commands. Data goes to standard output, all else to standard error; --json prints what the API answered."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cli import demo as demonstration
+from cli.client import TERMINAL, USAGE, Client, CliError, Connection
+from cli.doctor import examine
+from cli.up import Service
+from cli.watching import describe, follow, report
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Managed sparse fine-tuning of language models.",
+)
+err = Console(stderr=True)
+out = Console()
+
+DataDir = Annotated[
+    Path, typer.Option("--data-dir", envvar="SATUNE_DATA_DIR", help="The service's data folder.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+HERE = Path("satune-data")
+
+
+@app.command()
+def up(
+    data_dir: DataDir = HERE,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+) -> None:
+    """Run the service on this machine, with nothing to install beside Python."""
+    with Service(data_dir, host=host, port=port, say=_say) as service:
+        greet(service.start())
+        service.watch()
+
+
+@app.command()
+def demo(
+    data_dir: DataDir = HERE,
+    start: Annotated[
+        bool, typer.Option("--up", help="Start the service first, if none runs.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port where --up starts one; 0 picks a free one.")] = 0,
+) -> None:
+    """Make a small model from Python's own documentation, and train it sparsely three times."""
+    if not start:
+        demonstration.run(Client(Connection.find(data_dir)), err)
+        return
+    with Service(data_dir, host="127.0.0.1", port=port, say=_say) as service:
+        connection = service.start()
+        greet(connection)
+        demonstration.run(Client(connection), err)
+        if sys.stdin.isatty() and err.is_terminal:
+            err.print(
+                f"\nStill serving at [link]{connection.dashboard_url}[/link]. Ctrl-C ends it.",
+                soft_wrap=True,
+            )
+            service.watch()
+
+
+@app.command()
+def submit(
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="local/NAME, ORG/NAME of the hub, or a result ft:..."),
+    ],
+    dataset: Annotated[
+        Path, typer.Option("--dataset", "-d", help="JSON Lines, JSON array or text file.")
+    ],
+    validation: Annotated[
+        Path | None, typer.Option(help="Held-out file; else some rows are set aside.")
+    ] = None,
+    mlp: Annotated[
+        float | None, typer.Option(help="Omission rate of MLP channels, 0 to below 1.")
+    ] = None,
+    attention: Annotated[
+        float | None, typer.Option(help="Omission rate of KV groups, 0 to below 1.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the result's name.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of the body, as in sat.train.max_steps=200."),
+    ] = None,
+    data_dir: DataDir = HERE,
+    watch_it: Annotated[
+        bool, typer.Option("--watch/--no-watch", help="Follow the job to its end.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Upload a data set, create a job, follow it."""
+    client = Client(Connection.find(data_dir))
+    body: dict[str, Any] = {"model": model}
+    for name, rate in (("mlp", mlp), ("attention", attention)):
+        if rate is not None:
+            _put(body, f"sat.omission_rate.{name}", rate)
+    for item in settings or []:
+        key, found, value = item.partition("=")
+        if not found:
+            raise CliError(
+                f"--set {item!r} has no '='; write it as sat.train.max_steps=200.", USAGE
+            )
+        _put(body, key, _value(value))
+    if suffix:
+        body["suffix"] = suffix
+    body["training_file"] = client.upload(dataset)["id"]
+    if validation:
+        body["validation_file"] = client.upload(validation)["id"]
+    job = client.create_job(body)
+    if not watch_it:
+        out.print_json(data=job) if as_json else out.print(job["id"], highlight=False)
+        return
+    err.print(
+        f"{job['id']} on {client.connection.url}/jobs/{job['id']}", highlight=False, soft_wrap=True
+    )
+    _finish(follow(client, job["id"], err), as_json=as_json)
+
+
+@app.command()
+def watch(job_id: str, data_dir: DataDir = HERE, as_json: Json = False) -> None:
+    """Follow a job to its end. Ctrl-C leaves the job running."""
+    client = Client(Connection.find(data_dir))
+    _finish(follow(client, job_id, err), as_json=as_json)
+
+
+@app.command("list")
+def list_jobs(
+    data_dir: DataDir = HERE,
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    as_json: Json = False,
+) -> None:
+    """The newest jobs."""
+    jobs = Client(Connection.find(data_dir)).jobs(limit)
+    if as_json:
+        out.print_json(data=jobs)
+        return
+    table = Table("job", "status", "model", "progress", box=None, padding=(0, 2, 0, 0))
+    for job in jobs:
+        table.add_row(job["id"], job["status"], job["model"], describe(job))
+    out.print(table if jobs else "No jobs yet. `satune submit --help` tells how to make one.")
+
+
+@app.command()
+def cancel(job_id: str, data_dir: DataDir = HERE, as_json: Json = False) -> None:
+    """End a job; what it has saved stays."""
+    job = Client(Connection.find(data_dir)).cancel(job_id)
+    out.print_json(data=job) if as_json else out.print(
+        f"{job['id']} {job['status']}", highlight=False
+    )
+
+
+@app.command()
+def doctor(data_dir: DataDir = HERE, as_json: Json = False) -> None:
+    """Say what this machine has, and whether a server answers."""
+    checks = examine(data_dir)
+    if as_json:
+        out.print_json(data=[vars(check) for check in checks])
+    else:
+        for check in checks:
+            out.print(
+                f"{'[green]ok[/]  ' if check.ok else '[red]bad[/] '} {check.name}: {check.found}",
+                highlight=False,
+            )
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code."""
+    try:
+        app()
+    except CliError as error:
+        err.print(f"[red]error[/] {error.message}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("Left; what runs on the server goes on.")
+        sys.exit(130)
+
+
+def greet(connection: Connection) -> None:
+    """Say where the service is and how to sign in, as a notebook server does."""
+    err.print(f"\nSatune is ready: {connection.url}/v1", highlight=False)
+    err.print(f"key        {connection.api_key}", highlight=False, soft_wrap=True)
+    err.print(f"dashboard  {connection.dashboard_url}\n", highlight=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    err.print(f"[dim]{text}[/]", highlight=False)
+
+
+def _finish(job: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        out.print_json(data=job)
+    else:
+        report(job, out)
+    raise typer.Exit(TERMINAL[job["status"]])
+
+
+def _put(body: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for name in path:
+        body = body.setdefault(name, {})
+        if not isinstance(body, dict):
+            raise CliError(f"{dotted}: {name} already has a value.", USAGE)
+    body[last] = value
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null or JSON where it reads as such, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    main()
