@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 FAILED, USAGE, CANCELLED, NOT_FOUND, NOT_ALLOWED, UNREACHABLE = 1, 2, 3, 4, 5, 6
 TERMINAL = {"succeeded": 0, "failed": FAILED, "cancelled": CANCELLED}
@@ -75,6 +73,7 @@ class Client:
             base_url=connection.url,
             headers={"Authorization": f"Bearer {connection.api_key}"},
             timeout=httpx.Timeout(30, connect=5),
+            transport=httpx.HTTPTransport(retries=2),
         )
 
     def upload(self, path: Path) -> dict[str, Any]:
@@ -92,8 +91,9 @@ class Client:
             raise CliError(f"{path} cannot be read: {error.strerror}.", USAGE) from error
 
     def create_job(self, body: dict[str, Any]) -> dict[str, Any]:
-        """POST a job."""
-        return self._send("POST", "/v1/fine_tuning/jobs", json=body)
+        """POST a job. The idempotency key makes one call one job, even where it must be sent twice."""
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        return self._send("POST", "/v1/fine_tuning/jobs", json=body, headers=headers)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """One job as it stands."""
@@ -107,16 +107,6 @@ class Client:
         """Ask for a job to end; it keeps its checkpoints."""
         return self._send("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel")
 
-    def events_after(self, job_id: str, seen: set[str]) -> Iterator[dict[str, Any]]:
-        """Events not in `seen`, oldest first; adds them to it."""
-        page = self._send("GET", f"/v1/fine_tuning/jobs/{job_id}/events", params={"limit": 100})[
-            "data"
-        ]
-        for event in reversed(page):
-            if event["id"] not in seen:
-                seen.add(event["id"])
-                yield event
-
     def ready(self) -> bool:
         """Whether the server answers and its database does."""
         try:
@@ -129,12 +119,13 @@ class Client:
             response = self._http.request(method, path, **kwargs)
         except httpx.HTTPError as error:
             raise CliError(
-                f"{self.connection.url} cannot be reached: {error}.", UNREACHABLE
+                f"{self.connection.url} does not answer ({error}). Is `satune up` running?",
+                UNREACHABLE,
             ) from error
         if response.is_success:
             return dict(response.json())
         code = {401: NOT_ALLOWED, 403: NOT_ALLOWED, 404: NOT_FOUND}.get(response.status_code, USAGE)
-        raise CliError(_message(response), FAILED if response.status_code >= 500 else code)
+        raise CliError(_message(response), UNREACHABLE if response.status_code >= 500 else code)
 
 
 def _message(response: httpx.Response) -> str:

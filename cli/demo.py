@@ -15,6 +15,7 @@ from cli.client import FAILED, USAGE, Client, CliError
 from cli.watching import follow, report
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from rich.console import Console
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 SEQUENCE = 128
 
 
-def run(client: Client, console: Console) -> None:
-    """The whole demonstration; progress and results go to `console`.
+def run(client: Client, console: Console, *, tend: Callable[[], None] = lambda: None) -> None:
+    """The whole demonstration; progress and results go to `console`, `tend` is called now and then.
 
     Raises:
         CliError: where a job does not succeed, or the service runs on another machine.

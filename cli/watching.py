@@ -11,19 +11,28 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cli.client import TERMINAL, Client
+from cli.client import TERMINAL, UNREACHABLE, Client, CliError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
 POLL_S = 0.5
 PLAIN_LINE_S = 10.0
+# A server that is started again is back within this.
+AWAY_S = 60.0
 
 
 def follow(
-    client: Client, job_id: str, console: Console, *, title: str | None = None
+    client: Client,
+    job_id: str,
+    console: Console,
+    *,
+    title: str | None = None,
+    tend: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Show progress until the job ends; the job as it ended."""
+    """Show progress until the job ends; the job as it ended. `tend` is called at every look."""
     label = title or job_id
     columns = (
         TextColumn("[bold]{task.fields[label]}[/]"),
@@ -37,7 +46,8 @@ def follow(
     ) as progress:
         task = progress.add_task("", total=None, label=label, figures="")
         while True:
-            job = client.job(job_id)
+            tend()
+            job = _patiently(client, job_id)
             figures = describe(job)
             if job["progress"] and job["progress"]["total_steps"]:
                 progress.update(
@@ -50,6 +60,18 @@ def follow(
                 spoken = time.monotonic()
                 console.print(f"{label}: {figures}", highlight=False)
             time.sleep(POLL_S)
+
+
+def _patiently(client: Client, job_id: str) -> dict[str, Any]:
+    """The job, waiting for a server that is away: what trains goes on meanwhile."""
+    limit = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return client.job(job_id)
+        except CliError as error:
+            if error.exit_code != UNREACHABLE or time.monotonic() > limit:
+                raise
+        time.sleep(1)
 
 
 def describe(job: dict[str, Any]) -> str:
