@@ -13,7 +13,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from jobs.store import Store
 
 from api import errors
 from api.auth import session_secret
@@ -26,6 +25,7 @@ from jobs.artifacts import Artifacts
 from jobs.db import make_engine
 from jobs.queue import make_bell
 from jobs.settings import Settings
+from jobs.store import Store
 
 # An upload that stands still this long has lost its process.
 STALE_UPLOAD_SECONDS = 24 * 3600

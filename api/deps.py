@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
-from jobs.store import Store
 
 from jobs.artifacts import Artifacts
 from jobs.errors import NotFound
 from jobs.queue import Bell
 from jobs.settings import Settings
+from jobs.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
 def error_response(error: ApiError, request_id: str) -> JSONResponse:
     """The answer; a conflict says that trying again is useless, since OpenAI's clients retry 409 by default."""
     status = ERRORS[error.code].status
-    headers = dict(error.headers)
+    headers = {"x-request-id": request_id, **error.headers}
     if status == 409:
         headers[RETRY_NOT] = "false"
     if status == 401:
@@ -213,7 +213,10 @@ def install(app: FastAPI) -> None:
     """Answer every exception with the one body."""
 
     def known(request: Request, error: Exception) -> JSONResponse:
-        return error_response(translate(error), request_id_of(request))
+        found = translate(error)
+        if found.code == "internal_error":
+            log.error("%s failed", request_id_of(request), exc_info=error)
+        return error_response(found, request_id_of(request))
 
     def framework(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only

@@ -30,10 +30,11 @@ from api.deps import App, Services
 from api.errors import ApiError, error_response, request_id_of
 from api.routes.fine_tuning import result_archive
 from api.routes.health import release
-from api.schemas.jobs import report
+from api.schemas.jobs import finite, report
 from jobs.errors import InvalidCursor, JobTerminal, NotFound
 from jobs.spec import JobRecord
 from jobs.states import TERMINAL, Status
+from sat_core.plan.config import TrainConfig
 
 HERE = Path(__file__).parent
 JOBS_PER_PAGE = 25
@@ -119,7 +120,7 @@ def jobs_page(
         return _missing(request, "This page of the list no longer exists.")
     counts = app.store.counts_by_status(project)
     query = {"status": chosen, "after": after}
-    values = {
+    values: dict[str, Any] = {
         "jobs": page.items,
         "counts": {str(name): count for name, count in counts.items()},
         "total": sum(counts.values()),
@@ -158,7 +159,7 @@ def _job_values(app: Services, job: JobRecord) -> dict[str, Any]:
             name: _filename(app, job.project, getattr(job, name))
             for name in ("training_file", "validation_file")
         },
-        "events": [e for e in events.items if e.type != "metrics"],
+        "events": events.items,
         "requested": json.dumps(asked, indent=2),
         "resolved": json.dumps(job.config, indent=2) if job.config else None,
     }
@@ -194,14 +195,33 @@ def chart_rows(
     return JSONResponse(
         {
             "columns": list(columns),
-            "rows": [list(row) for row in kept],
+            "rows": finite(kept),
             "last_step": rows[-1][step] if rows else after,
             "measured": len(rows),
             "ended": job.status in TERMINAL,
             "total_steps": job.total_steps,
+            "plan": _plan(job),
         },
         headers={"cache-control": "no-store"},
     )
+
+
+def _plan(job: JobRecord) -> list[dict[str, Any]]:
+    """The ladder as resolved, so that the chart shows where the run is going. Steps are 1-based, as in metrics."""
+    if job.config is None:
+        return []
+    config = TrainConfig.from_dict(job.config)
+    if not config.sparse:
+        return []
+    return [
+        {
+            "first": phase.first_step + 1,
+            "last": phase.last_step + 1,
+            "mlp": config.mlp_rate * phase.share,
+            "attention": config.attention_rate * phase.share,
+        }
+        for phase in config.ladder.phases()
+    ]
 
 
 @pages.post("/jobs/{job_id}/cancel")

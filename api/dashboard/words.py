@@ -17,8 +17,9 @@ STATUS_WORDS = {
 }
 
 STATE_WORDS = {
-    "waiting_for_slot": "waiting for a free worker",
-    "waiting_for_gpu": "waiting for a GPU",
+    "waiting_for_worker": "waiting for a worker",
+    "waiting_for_gpu": "waiting for a free slot",
+    "starting": "starting",
     "retrying": "waiting to try again",
     "checking_dataset": "reading the data set",
     "tokenizing": "turning text into tokens",
@@ -63,6 +64,13 @@ def short(value: Any) -> str:
         if abs(size) >= limit:
             return f"{size / limit:.3g}{unit}"
     return f"{size:.3g}"
+
+
+def flop(value: Any) -> str:
+    """Operations with the unit's prefix: 1.9e14 -> 190 TFLOP."""
+    text = short(value)
+    head, prefix = (text[:-1], text[-1]) if text[-1].isalpha() else (text, "")
+    return text if value is None else f"{head} {prefix}FLOP"
 
 
 def percent(value: Any, digits: int = 0) -> str:
@@ -130,6 +138,7 @@ def failure_help(code: str) -> str:
 FILTERS = {
     "number": number,
     "short": short,
+    "flop": flop,
     "percent": percent,
     "duration": duration,
     "ago": ago,

@@ -1,9 +1,10 @@
 """`/v1/files`: upload, list, retrieve, content, delete."""
 
+import re
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
@@ -142,9 +143,21 @@ def retrieve_file(file_id: str, app: App, key: Caller) -> FileObject:
     response_class=FileResponse,
     responses=answers("file_not_found", "range_not_satisfiable"),
 )
-def download_file(file_id: str, app: App, key: Caller) -> FileResponse:
+def download_file(
+    file_id: str,
+    app: App,
+    key: Caller,
+    wanted: Annotated[str | None, Header(alias="range")] = None,
+) -> FileResponse:
     """The bytes as uploaded; ranges are served."""
     record = app.store.get_file(key.project, file_id)
+    first = re.fullmatch(r"bytes=(\d+)-\d*", wanted or "")
+    if first and int(first[1]) >= record.bytes:
+        raise ApiError(
+            "range_not_satisfiable",
+            f"The file has {record.bytes} bytes; {wanted} begins after its end.",
+            headers={"content-range": f"bytes */{record.bytes}"},
+        )
     return FileResponse(
         app.artifacts.file(record.id),
         media_type="application/octet-stream",

@@ -18,7 +18,7 @@ from api.auth import Caller, require_key
 from api.deps import App, Services
 from api.errors import ApiError
 from api.schemas.create import CreateJob, check, json_object, openapi_body
-from api.schemas.jobs import Checkpoint, FineTuningJob, JobEvent, JobMetrics
+from api.schemas.jobs import Checkpoint, FineTuningJob, JobEvent, JobMetrics, finite
 from api.schemas.lists import After, ListOf, Order
 from api.schemas.problems import answers
 from jobs.spec import JobRecord, NewJob
@@ -178,7 +178,9 @@ def list_jobs(
 
 
 def _metadata_filter(request: Request) -> dict[str, str] | None:
-    """`metadata[k]=v` pairs; FastAPI knows no deepObject."""
+    """`metadata[k]=v` pairs, or {} for `metadata=null`: jobs without any. FastAPI knows no deepObject."""
+    if request.query_params.get("metadata") == "null":
+        return {}
     pairs = (
         (re.fullmatch(r"metadata\[(.+)\]", name), value)
         for name, value in request.query_params.items()
@@ -269,7 +271,7 @@ def list_metrics(
     step = list(columns).index("step")
     return JobMetrics(
         columns=list(columns),
-        rows=[list(row) for row in rows],
+        rows=finite(rows),
         last_step=rows[-1][step] if rows else after,
         has_more=has_more,
     )

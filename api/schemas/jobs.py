@@ -4,7 +4,9 @@
 filled in. The road not taken is a `method.type` of our own: clients that validate would refuse the whole answer.
 """
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel
@@ -186,6 +188,13 @@ class JobMetrics(BaseModel):
     rows: list[list[Any]]
     last_step: int
     has_more: bool
+
+
+def finite(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The rows with null for NaN and infinity, which JSON does not know."""
+    return [
+        [None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in rows
+    ]
 
 
 def report(job: JobRecord, app: Services | None) -> dict[str, Any] | None:

@@ -12,11 +12,14 @@
   let lastStep = -1;
   let totalSteps = null;
   let busy = false;
+  let ended = false;
+  let plan = [];
   const plots = [];
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const fixed = (value, digits) => (value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: Math.min(digits, 3) }));
   const share = (value) => (value == null ? "–" : `${Math.round(value * 100)} %`);
   const last = (values) => { for (let i = values.length - 1; i >= 0; i--) if (values[i] != null) return values[i]; return null; };
+  const most = (values) => values.reduce((high, value) => Math.max(high, value ?? 0), 0);
   const first = (values) => values.find((value) => value != null) ?? null;
 
   /* An average whose weight falls with distance in steps, with its start corrected; the raw line stays behind it. */
@@ -32,9 +35,31 @@
     });
   }
 
+  /* What the ladder still has before it: both ends of every planned phase after the last measured step. */
+  function ahead() {
+    const points = [];
+    for (const phase of ended ? [] : plan) {
+      for (const step of [phase.first, phase.last]) if (step > lastStep) points.push({ step, ...phase });
+    }
+    return points;
+  }
+  function withPlan() {
+    const points = ahead();
+    const blank = points.map(() => null);
+    const from = (values) => data.step.map((_, i) => (points.length && i === data.step.length - 1 ? values[i] : null));
+    return [
+      [...data.step, ...points.map((p) => p.step)],
+      [...data.omission_rate_mlp, ...blank],
+      [...data.omission_rate_attention, ...blank],
+      [...from(data.omission_rate_mlp), ...points.map((p) => p.mlp)],
+      [...from(data.omission_rate_attention), ...points.map((p) => p.attention)],
+    ];
+  }
+
   const stepped = window.uPlot.paths.stepped({ align: -1 });
   const line = (label, color, more) => ({ label, stroke: () => css(color), width: 2, spanGaps: true, points: { show: false }, ...more });
-  const dots = (color) => ({ show: true, size: 7, fill: () => css(color), stroke: () => css("--card") });
+  /* Dots say where it was measured; many of them are only a thick line. */
+  const dots = (color) => ({ show: (plot, i) => plot.data[i].reduce((n, v) => n + (v != null), 0) < 60, size: 7, fill: () => css(color), stroke: () => css("--card") });
   const number = (digits) => (_, value) => fixed(value, digits);
 
   const kinds = {
@@ -44,7 +69,7 @@
         line("Training, smoothed", "--line-1", { value: number(4) }),
         line("Held-out", "--line-2", { dash: [6, 4], points: dots("--line-2"), value: number(4) }),
       ],
-      values: () => [data.loss, smooth, data.eval_loss],
+      values: () => [data.step, data.loss, smooth, data.eval_loss],
       say: () => {
         const from = first(data.eval_loss), to = last(data.eval_loss);
         const held = from == null ? "" : ` Held-out loss ${fixed(from, 3)}${to !== from ? `, now ${fixed(to, 3)}` : " before training"}.`;
@@ -57,21 +82,23 @@
       series: [
         line("MLP channels", "--line-1", { paths: stepped, fill: () => css("--line-1-wash"), value: (_, v) => share(v) }),
         line("Attention heads", "--line-2", { paths: stepped, dash: [6, 4], value: (_, v) => share(v) }),
+        line("MLP, planned", "--line-1-faint", { paths: stepped, width: 1.5, value: (_, v) => share(v) }),
+        line("Attention, planned", "--line-2-faint", { paths: stepped, width: 1.5, dash: [6, 4], value: (_, v) => share(v) }),
       ],
-      values: () => [data.omission_rate_mlp, data.omission_rate_attention],
-      say: () => `Now ${share(last(data.omission_rate_mlp))} of MLP channels and ${share(last(data.omission_rate_attention))} of attention heads are left out; at most ${share(Math.max(0, ...data.omission_rate_mlp))} and ${share(Math.max(0, ...data.omission_rate_attention))}.`,
+      values: withPlan,
+      say: () => `${ended ? "At the end" : "Now"} ${share(last(data.omission_rate_mlp))} of MLP channels and ${share(last(data.omission_rate_attention))} of attention heads are left out (most so far: ${share(most(data.omission_rate_mlp))} and ${share(most(data.omission_rate_attention))}).`,
     },
     speed: {
       floor: true,
       series: [line("Tokens per second", "--line-1", { width: 1.5, value: number(0) })],
-      values: () => [data.tokens_per_second],
+      values: () => [data.step, data.tokens_per_second],
       say: () => `${fixed(last(data.tokens_per_second), 0)} at step ${lastStep.toLocaleString("en")}.`,
     },
     rate: {
       floor: true,
       axis: (_, ticks) => ticks.map((value) => (value ? value.toExponential(1) : "0")),
       series: [line("Learning rate", "--line-1", { width: 1.5, value: (_, v) => (v == null ? "–" : v.toExponential(2)) })],
-      values: () => [data.learning_rate],
+      values: () => [data.step, data.learning_rate],
       say: () => `${(last(data.learning_rate) ?? 0).toExponential(2)} at step ${lastStep.toLocaleString("en")}.`,
     },
   };
@@ -88,9 +115,9 @@
       height: figure.classList.contains("wide") ? 260 : 180,
       cursor: { sync: { key: "steps" }, points: { size: 7 } },
       scales: { x: { time: false, range: (_, low, high) => [low ?? 0, Math.max(totalSteps ?? 0, high ?? 1, 1)] }, y },
-      axes: [{ ...axis, values: (_, ticks) => ticks.map((v) => (Number.isInteger(v) ? v.toLocaleString("en") : "")) }, { ...axis, size: 62, values: kind.axis }],
+      axes: [{ ...axis, size: 32, values: (_, ticks) => ticks.map((v) => (Number.isInteger(v) ? v.toLocaleString("en") : "")) }, { ...axis, size: 62, values: kind.axis }],
       series: [{ label: "Step", value: (_, v) => (v == null ? "–" : v.toLocaleString("en")) }, ...kind.series],
-    }, [data.step, ...kind.values()], place);
+    }, kind.values(), place);
     /* The cells of the legend are made by uPlot and are reachable by mouse alone; the sentence says the same. */
     plot.root.querySelector(".u-legend")?.setAttribute("role", "presentation");
     plots.push({ plot, kind, place, say: figure.querySelector(".summary") });
@@ -99,9 +126,10 @@
   function redraw() {
     if (!data.step.length) return;
     smooth = smoothed(data.step, data.loss);
+    box.classList.add("drawn");
     if (!plots.length) box.querySelectorAll("[data-chart]").forEach(draw);
     for (const { plot, kind, say } of plots) {
-      plot.setData([data.step, ...kind.values()]);
+      plot.setData(kind.values());
       const words = kind.say();
       if (say.textContent !== words) say.textContent = words;
     }
@@ -115,10 +143,12 @@
       if (!answer.ok) return;
       const body = await answer.json();
       totalSteps = body.total_steps;
+      ended = body.ended;
+      plan = body.plan;
       const at = columns.map((name) => body.columns.indexOf(name));
       for (const row of body.rows) columns.forEach((name, i) => data[name].push(row[at[i]]));
       lastStep = body.last_step;
-      if (body.rows.length) redraw();
+      if (body.rows.length || ended) redraw();
     } catch {
       /* The server is away: the next tick asks again, and what is drawn stays. */
     } finally {

@@ -1,0 +1,65 @@
+"""The description says what the routes do."""
+
+from __future__ import annotations
+
+import tomllib
+from hashlib import sha256
+from importlib.resources import files
+
+from api.errors import ERRORS
+
+OPENAI_IDS = {
+    "createFile",
+    "listFiles",
+    "retrieveFile",
+    "downloadFile",
+    "deleteFile",
+    "createFineTuningJob",
+    "listPaginatedFineTuningJobs",
+    "retrieveFineTuningJob",
+    "cancelFineTuningJob",
+    "listFineTuningEvents",
+    "listFineTuningJobCheckpoints",
+    "listModels",
+    "retrieveModel",
+    "deleteModel",
+}
+
+
+def operations(client) -> list[dict]:
+    schema = client.get("/openapi.json").json()
+    assert schema["openapi"].startswith("3.1")
+    return [operation for path in schema["paths"].values() for operation in path.values()]
+
+
+def test_operations_are_named_as_openais(client):
+    names = [operation["operationId"] for operation in operations(client)]
+    assert set(names) >= OPENAI_IDS
+    assert len(names) == len(set(names))
+
+
+def test_every_documented_error_stands_in_the_table(client):
+    for operation in operations(client):
+        answers = {status: a for status, a in operation["responses"].items() if int(status) >= 400}
+        assert {"401", "500"} <= answers.keys()
+        for status, answer in answers.items():
+            for code in answer["x-error-codes"]:
+                assert ERRORS[code].status == int(status)
+            schema = answer["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+
+
+def test_the_sat_object_is_described_with_its_ranges(client):
+    create = next(o for o in operations(client) if o["operationId"] == "createFineTuningJob")
+    sat = create["requestBody"]["content"]["application/json"]["schema"]["properties"]["sat"]
+    assert "omission_rate" in sat["properties"]
+
+
+def test_vendored_files_are_what_their_list_says():
+    vendor = files("api.dashboard") / "static" / "vendor"
+    listed = tomllib.loads((vendor / "VENDOR.toml").read_text())["file"]
+    for item in listed:
+        assert sha256((vendor / item["path"]).read_bytes()).hexdigest() == item["sha256"]
+        assert (vendor / item["licence_file"]).read_text()
+    named = {item[key] for item in listed for key in ("path", "licence_file")} | {"VENDOR.toml"}
+    assert {entry.name for entry in vendor.iterdir()} == named

@@ -1,0 +1,127 @@
+"""The dashboard as a browser meets it: no errors, nothing from elsewhere, accessible in both themes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+from tests.api.conftest import KEY
+from tests.api.finished import fail_job, finish_job, new_job, train_job
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from playwright.sync_api import Browser, Page
+
+
+class Seen:
+    """A page with all that went wrong on it."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page, self.url = page, url
+        self.errors: list[str] = []
+        self.foreign: list[str] = []
+        page.on(
+            "console",
+            lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None,
+        )
+        page.on("pageerror", lambda e: self.errors.append(str(e)))
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith((url, "data:")) else self.foreign.append(r.url),
+        )
+
+    def open(self, path: str) -> None:
+        self.page.goto(self.url + path)
+
+    def check(self) -> None:
+        assert self.errors == []
+        assert self.foreign == []
+        found = Axe().run(self.page)
+        assert found.violations_count == 0, found.generate_report()
+
+
+@pytest.fixture(params=["light", "dark"])
+def seen(browser: Browser, url: str, request: pytest.FixtureRequest) -> Iterator[Seen]:
+    context = browser.new_context(color_scheme=request.param)
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    found = Seen(page, url)
+    found.open(f"/login?key={KEY}")
+    yield found
+    context.close()
+
+
+def test_an_empty_list_says_how_to_start(seen):
+    seen.page.get_by_text("satune submit").wait_for()
+    seen.check()
+
+
+def test_list_and_pages_of_every_kind_are_clean(seen, app):
+    services = app.state.services
+    done = new_job(services, suffix="good")
+    finish_job(services, steps=40)
+    failed = new_job(services, suffix="bad")
+    fail_job(services, "loss_not_finite", "The loss was not finite at step 3.")
+    running = new_job(services, suffix="live")
+    train_job(services, steps=12, total=40)
+
+    seen.open("/")
+    assert seen.page.locator("tbody tr").count() == 3
+    seen.check()
+    seen.page.get_by_role("link", name="Failed").click()
+    assert seen.page.locator("tbody tr").count() == 1
+
+    for job, words in (
+        (done, "Held-out loss"),
+        (failed, "Lower the learning rate"),
+        (running, "Cancel job"),
+    ):
+        seen.open(f"/jobs/{job}")
+        seen.page.get_by_text(words).first.wait_for()
+        if job != failed:
+            seen.page.locator("canvas").first.wait_for()
+            assert seen.page.locator("canvas").count() == 4
+        seen.check()
+
+
+def test_a_running_job_is_followed_to_its_end_without_reload(seen, app):
+    services = app.state.services
+    job = new_job(services)
+    claim = train_job(services, steps=5, total=20)
+    seen.open(f"/jobs/{job}")
+    seen.page.locator("canvas").first.wait_for()
+    seen.page.evaluate("window.same = true")
+    finish_job(services, steps=20, claim=claim, first=6)
+    seen.page.get_by_text("Take it home").wait_for()
+    seen.page.get_by_text("at step 20").first.wait_for()
+    assert seen.page.evaluate("window.same") is True
+    seen.check()
+
+
+def test_a_job_is_cancelled_from_its_page(seen, app):
+    services = app.state.services
+    job = new_job(services)
+    seen.page.on("dialog", lambda dialog: dialog.accept())
+    seen.open(f"/jobs/{job}")
+    seen.page.get_by_role("button", name="Cancel job").click()
+    seen.page.get_by_text("Cancelled").first.wait_for()
+    assert services.store.get_job("default", job).status == "cancelled"
+    seen.check()
+
+
+def test_the_sign_in_page_takes_the_key(seen):
+    seen.page.get_by_role("button", name="Sign out").click()
+    seen.page.get_by_label("API key").fill(KEY)
+    seen.check()
+    seen.page.get_by_role("button", name="Sign in").click()
+    seen.page.get_by_role("heading", name="Fine-tuning jobs").wait_for()
+
+
+def test_the_chosen_theme_stays(seen):
+    seen.page.get_by_label("Colours").select_option("dark")
+    seen.page.reload()
+    assert seen.page.locator("html").get_attribute("data-theme") == "dark"
+    seen.check()
