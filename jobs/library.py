@@ -1,0 +1,161 @@
+"""Keys, files and models: rows that have no life of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from typing import Any
+
+from sqlalchemy import or_, select
+
+from jobs.errors import FileInUse, InvalidCursor, NotFound
+from jobs.models import FileRow, JobRow, KeyRow, ModelRow
+from jobs.spec import FileRecord, Key, ModelRecord, NewFile, Page, new_id
+from jobs.states import ACTIVE
+from jobs.transactions import Transactions
+
+# A key's use is noted at most this often, so that polling does not write.
+LAST_USED_SECONDS = 60
+
+
+class Library(Transactions):
+    """Keys, files and models of the store."""
+
+    def ensure_key(self, secret: str, *, name: str, project: str = "default") -> None:
+        """Make `secret` valid for `project`; only its hash is kept (256 random bits need no slow hash)."""
+        with self.writing() as session:
+            digest = _digest(secret)
+            if session.scalar(select(KeyRow).where(KeyRow.secret_sha256 == digest)) is None:
+                row = KeyRow(
+                    id=new_id("key_"),
+                    project=project,
+                    name=name,
+                    secret_sha256=digest,
+                    created_at=time.time(),
+                )
+                session.add(row)
+
+    def authenticate(self, secret: str) -> Key | None:
+        """The key whose secret this is."""
+        query = select(KeyRow).where(KeyRow.secret_sha256 == _digest(secret))
+        with self.reading() as session:
+            row = session.scalar(query)
+            if row is None:
+                return None
+            key, last = Key(id=row.id, project=row.project, name=row.name), row.last_used_at
+        if last is None or time.time() - last > LAST_USED_SECONDS:
+            with self.writing() as session:
+                row = session.scalar(query)
+                if row is not None:
+                    row.last_used_at = time.time()
+        return key
+
+    def add_file(self, project: str, file: NewFile) -> FileRecord:
+        """Register an upload whose bytes lie in the data folder."""
+        with self.writing() as session:
+            row = FileRow(project=project, created_at=time.time(), **dataclasses.asdict(file))
+            session.add(row)
+            session.flush()
+            return _file(row)
+
+    def get_file(self, project: str, file_id: str) -> FileRecord:
+        """One file. Raises NotFound."""
+        with self.reading() as session:
+            return _file(_find_file(session, project, file_id))
+
+    def list_files(
+        self,
+        project: str,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        order: str = "desc",
+        purpose: str | None = None,
+    ) -> Page[FileRecord]:
+        """Files, newest first unless `order` is asc. Raises InvalidCursor."""
+        with self.reading() as session:
+            query = select(FileRow).where(FileRow.project == project)
+            if purpose:
+                query = query.where(FileRow.purpose == purpose)
+            if after:
+                try:
+                    seq = _find_file(session, project, after).seq
+                except NotFound as error:
+                    raise InvalidCursor(f"after {after!r} names no file of this list") from error
+                query = query.where(FileRow.seq < seq if order == "desc" else FileRow.seq > seq)
+            query = query.order_by(FileRow.seq.desc() if order == "desc" else FileRow.seq).limit(
+                limit + 1
+            )
+            found = [_file(row) for row in session.scalars(query)]
+        return Page(items=tuple(found[:limit]), has_more=len(found) > limit)
+
+    def delete_file(self, project: str, file_id: str) -> None:
+        """Forget a file; its bytes are the caller's to remove, after this. Raises NotFound, FileInUse."""
+        with self.writing() as session:
+            row = _find_file(session, project, file_id)
+            uses = select(JobRow.id).where(
+                JobRow.project == project,
+                JobRow.status.in_(ACTIVE),
+                or_(JobRow.training_file == file_id, JobRow.validation_file == file_id),
+            )
+            if users := tuple(session.scalars(uses)):
+                error = FileInUse(
+                    f"{file_id} is needed by {', '.join(users)}, which have not ended"
+                )
+                error.job_ids = users
+                raise error
+            session.delete(row)
+
+    def list_models(self, project: str) -> list[ModelRecord]:
+        """All results of a project, newest first."""
+        with self.reading() as session:
+            query = (
+                select(ModelRow).where(ModelRow.project == project).order_by(ModelRow.seq.desc())
+            )
+            return [_model(row) for row in session.scalars(query)]
+
+    def get_model(self, project: str, name: str) -> ModelRecord:
+        """One result by its public name. Raises NotFound."""
+        with self.reading() as session:
+            return _model(_find_model(session, project, name))
+
+    def delete_model(self, project: str, name: str) -> None:
+        """Forget a result; its folder is the caller's to remove. Raises NotFound."""
+        with self.writing() as session:
+            session.delete(_find_model(session, project, name))
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _find_file(session: Any, project: str, file_id: str) -> FileRow:
+    row: FileRow | None = session.scalar(
+        select(FileRow).where(FileRow.project == project, FileRow.id == file_id)
+    )
+    if row is None:
+        raise NotFound.of("file", file_id)
+    return row
+
+
+def _find_model(session: Any, project: str, name: str) -> ModelRow:
+    row: ModelRow | None = session.scalar(
+        select(ModelRow).where(ModelRow.project == project, ModelRow.id == name)
+    )
+    if row is None:
+        raise NotFound.of("model", name)
+    return row
+
+
+def record_of(kind: Any, row: Any) -> Any:
+    """The frozen record of a row whose columns have the record's names."""
+    return kind(**{f.name: getattr(row, f.name) for f in dataclasses.fields(kind)})
+
+
+def _file(row: FileRow) -> FileRecord:
+    return record_of(FileRecord, row)  # type: ignore[no-any-return]
+
+
+def _model(row: ModelRow) -> ModelRecord:
+    return record_of(ModelRecord, row)  # type: ignore[no-any-return]

@@ -1,0 +1,252 @@
+"""The tables. Rows never leave `jobs`: what is handed out are the frozen records of `jobs.spec`.
+
+Times are Unix seconds as floats, the form in which the API speaks them, so no zone is ever converted. `seq` columns
+order lists and are the cursors' meaning; public ids are opaque. Work state (owner, heartbeat) lives on the job's row,
+because one conditional UPDATE must see all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from jobs.states import Desired, Stage, Status
+
+Serial = BigInteger().with_variant(Integer, "sqlite")
+Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+def _one_of(column: str, values: Any) -> str:
+    return f"{column} IN ({', '.join(repr(str(value)) for value in values)})"
+
+
+class Base(DeclarativeBase):
+    """Every constraint has a name, so that migrations can speak of it on both databases."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own way to say it
+        int: BigInteger,
+        float: Double,
+        dict[str, Any]: Document,
+        list[Any]: Document,
+    }
+
+
+class KeyRow(Base):
+    """An API key; only the hash of its secret is kept."""
+
+    __tablename__ = "keys"
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(128))
+    secret_sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[float]
+    last_used_at: Mapped[float | None]
+
+
+class FileRow(Base):
+    """An uploaded file; its bytes lie in the data folder under its id."""
+
+    __tablename__ = "files"
+    __table_args__ = (Index(None, "project", "seq"),)
+    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    project: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float]
+    filename: Mapped[str] = mapped_column(String(512))
+    purpose: Mapped[str] = mapped_column(String(32))
+    bytes: Mapped[int]
+    sha256: Mapped[str] = mapped_column(String(64))
+    status: Mapped[str] = mapped_column(String(16))
+    format: Mapped[str | None] = mapped_column(String(32))
+    rows: Mapped[int | None]
+    report: Mapped[dict[str, Any]]
+
+
+class JobRow(Base):
+    """A job: what was asked, what was resolved, where it stands, and who works on it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(_one_of("status", Status), name="status"),
+        CheckConstraint(_one_of("desired", Desired), name="desired"),
+        Index(None, "project", "seq"),
+        Index(None, "status", "seq"),
+    )
+    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    project: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float]
+    model: Mapped[str] = mapped_column(String(512))
+    suffix: Mapped[str | None] = mapped_column(String(64))
+    seed: Mapped[int | None]
+    training_file: Mapped[str] = mapped_column(String(40))
+    validation_file: Mapped[str | None] = mapped_column(String(40))
+    tags: Mapped[dict[str, Any]] = mapped_column("metadata", Document)
+    request: Mapped[dict[str, Any]]
+
+    status: Mapped[str] = mapped_column(String(20))
+    desired: Mapped[str] = mapped_column(String(8), default=Desired.RUN)
+    detail_state: Mapped[str] = mapped_column(String(64))
+    detail_message: Mapped[str] = mapped_column(Text, default="")
+    detail_since: Mapped[float]
+    version: Mapped[int] = mapped_column(default=1)
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    error: Mapped[dict[str, Any] | None] = mapped_column(Document)
+
+    # Fencing and lease: `attempt` rises at every claim and is named by every later write.
+    attempt: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    owner: Mapped[str | None] = mapped_column(String(64))
+    heartbeat_seq: Mapped[int] = mapped_column(default=0)
+    not_before: Mapped[float] = mapped_column(default=0.0)
+
+    config: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    hyperparameters: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    figures: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    warnings: Mapped[list[Any]] = mapped_column(Document, default=list)
+    total_steps: Mapped[int | None]
+    progress_step: Mapped[int | None]
+    loss: Mapped[float | None]
+    tokens_per_second: Mapped[float | None]
+    omission_rate_mlp: Mapped[float | None]
+    omission_rate_attention: Mapped[float | None]
+    eta_seconds: Mapped[float | None]
+    trained_tokens: Mapped[int | None]
+    fine_tuned_model: Mapped[str | None] = mapped_column(String(700))
+    summary: Mapped[dict[str, Any] | None] = mapped_column(Document)
+
+
+class AttemptRow(Base):
+    """One claim of a job: who, when, how it ended, and how far its events were read."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (CheckConstraint(_one_of("stage", Stage), name="stage"),)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    stage: Mapped[str] = mapped_column(String(8))
+    worker_id: Mapped[str] = mapped_column(String(64))
+    started_at: Mapped[float]
+    ended_at: Mapped[float | None]
+    outcome: Mapped[str | None] = mapped_column(String(32))
+    # Byte offset in events.jsonl, and the number of the last event before it.
+    read_position: Mapped[int] = mapped_column(default=0)
+    read_seq: Mapped[int] = mapped_column(default=0)
+
+
+class EventRow(Base):
+    """What is told of a job, in order."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index(None, "job_id", "seq"),)
+    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    created_at: Mapped[float]
+    level: Mapped[str] = mapped_column(String(8))
+    type: Mapped[str] = mapped_column(String(8))
+    kind: Mapped[str] = mapped_column(String(16))
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any] | None] = mapped_column(Document)
+
+
+class MetricRow(Base):
+    """One row for each step; step 0 holds the evaluation before training."""
+
+    __tablename__ = "metrics"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    attempt: Mapped[int]
+    time: Mapped[float]
+    tokens: Mapped[int | None]
+    loss: Mapped[float | None]
+    token_accuracy: Mapped[float | None]
+    eval_loss: Mapped[float | None]
+    eval_token_accuracy: Mapped[float | None]
+    learning_rate: Mapped[float | None]
+    grad_norm: Mapped[float | None]
+    omission_rate_mlp: Mapped[float | None]
+    omission_rate_attention: Mapped[float | None]
+    awake_share: Mapped[float | None]
+    tokens_per_second: Mapped[float | None]
+    step_seconds: Mapped[float | None]
+    flops: Mapped[float | None]
+    memory_bytes: Mapped[int | None]
+
+
+class CheckpointRow(Base):
+    """A checkpoint counts from the moment its row stands here, written under the fence."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    step: Mapped[int]
+    path: Mapped[str] = mapped_column(String(512))
+    size_bytes: Mapped[int]
+    metrics: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
+
+
+class ModelRow(Base):
+    """A result: a plain Hugging Face folder under the data folder."""
+
+    __tablename__ = "models"
+    __table_args__ = (Index(None, "project", "seq"),)
+    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(700), unique=True)
+    project: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    base: Mapped[str] = mapped_column(String(512))
+    path: Mapped[str] = mapped_column(String(512))
+    created_at: Mapped[float]
+
+
+class WorkerRow(Base):
+    """A worker process that has told of itself."""
+
+    __tablename__ = "workers"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    hostname: Mapped[str] = mapped_column(String(255))
+    pid: Mapped[int]
+    slots: Mapped[dict[str, Any]]
+    started_at: Mapped[float]
+    beat_at: Mapped[float]
+    beat_seq: Mapped[int] = mapped_column(default=0)
+
+
+class IdempotencyRow(Base):
+    """A key under which a job was created; stands in the same transaction as the job."""
+
+    __tablename__ = "idempotency_keys"
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(String(40))
+    created_at: Mapped[float]

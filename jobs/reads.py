@@ -1,0 +1,157 @@
+"""What the API asks about jobs: lists by keyset, so that page one thousand costs what page one does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from jobs.errors import InvalidCursor, NotFound
+from jobs.library import record_of
+from jobs.models import CheckpointRow, EventRow, JobRow, MetricRow
+from jobs.spec import CheckpointRecord, EventRecord, JobRecord, Page
+from jobs.transactions import Transactions
+
+METRIC_COLUMNS = tuple(
+    c.name for c in MetricRow.__table__.columns if c.name not in ("job_id", "attempt")
+)
+_TAG_SCAN = 500
+
+
+class Reads(Transactions):
+    """Questions about jobs; every one is asked for a project."""
+
+    def get_job(self, project: str, job_id: str) -> JobRecord:
+        """One job. Raises NotFound."""
+        with self.reading() as session:
+            return job_record(find_job(session, project, job_id))
+
+    def list_jobs(
+        self,
+        project: str,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        metadata: dict[str, str] | None = None,
+        status: str | None = None,
+    ) -> Page[JobRecord]:
+        """Jobs, newest first; `metadata` must all match, and {} finds jobs without any. Raises InvalidCursor."""
+        with self.reading() as session:
+            query = select(JobRow).where(JobRow.project == project)
+            if status:
+                query = query.where(JobRow.status == status)
+            if after:
+                query = query.where(JobRow.seq < _cursor(session, project, after))
+            found: list[JobRecord] = []
+            # Tags are compared here: JSON differs between the databases, and tags are few.
+            rows = session.scalars(
+                query.order_by(JobRow.seq.desc()).execution_options(yield_per=_TAG_SCAN)
+            )
+            for row in rows:
+                if metadata is None or _tagged(row.tags, metadata):
+                    found.append(job_record(row))
+                if len(found) > limit:
+                    break
+            rows.close()
+        return Page(items=tuple(found[:limit]), has_more=len(found) > limit)
+
+    def counts_by_status(self, project: str) -> dict[str, int]:
+        """How many jobs have each status."""
+        with self.reading() as session:
+            query = (
+                select(JobRow.status, func.count())
+                .where(JobRow.project == project)
+                .group_by(JobRow.status)
+            )
+            return dict(session.execute(query).tuples().all())
+
+    def events(
+        self,
+        project: str,
+        job_id: str,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        newest_first: bool = True,
+    ) -> Page[EventRecord]:
+        """What was told of a job. Raises NotFound, InvalidCursor."""
+        with self.reading() as session:
+            find_job(session, project, job_id)
+            query = select(EventRow).where(EventRow.job_id == job_id)
+            if after:
+                seq = session.scalar(
+                    select(EventRow.seq).where(EventRow.job_id == job_id, EventRow.id == after)
+                )
+                if seq is None:
+                    raise InvalidCursor(f"after {after!r} names no event of {job_id}")
+                query = query.where(EventRow.seq < seq if newest_first else EventRow.seq > seq)
+            query = query.order_by(EventRow.seq.desc() if newest_first else EventRow.seq).limit(
+                limit + 1
+            )
+            found = [record_of(EventRecord, row) for row in session.scalars(query)]
+        return Page(items=tuple(found[:limit]), has_more=len(found) > limit)
+
+    def metrics(
+        self, project: str, job_id: str, *, after_step: int = -1, limit: int = 1000
+    ) -> tuple[tuple[str, ...], list[list[Any]], bool]:
+        """(column names, rows with step > `after_step` in order, whether there are more). Raises NotFound."""
+        with self.reading() as session:
+            find_job(session, project, job_id)
+            columns = [getattr(MetricRow, name) for name in METRIC_COLUMNS]
+            query = select(*columns).where(MetricRow.job_id == job_id, MetricRow.step > after_step)
+            rows = [
+                list(row)
+                for row in session.execute(query.order_by(MetricRow.step).limit(limit + 1))
+            ]
+        return METRIC_COLUMNS, rows[:limit], len(rows) > limit
+
+    def checkpoints(
+        self, project: str, job_id: str, *, after: str | None = None, limit: int = 10
+    ) -> Page[CheckpointRecord]:
+        """Checkpoints, newest first. Raises NotFound, InvalidCursor."""
+        with self.reading() as session:
+            find_job(session, project, job_id)
+            query = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
+            if after:
+                step = session.scalar(
+                    select(CheckpointRow.step).where(
+                        CheckpointRow.job_id == job_id, CheckpointRow.id == after
+                    )
+                )
+                if step is None:
+                    raise InvalidCursor(f"after {after!r} names no checkpoint of {job_id}")
+                query = query.where(CheckpointRow.step < step)
+            rows = session.scalars(query.order_by(CheckpointRow.step.desc()).limit(limit + 1))
+            found = [record_of(CheckpointRecord, row) for row in rows]
+        return Page(items=tuple(found[:limit]), has_more=len(found) > limit)
+
+
+def find_job(session: Session, project: str, job_id: str) -> JobRow:
+    """The row of a job of this project. Raises NotFound."""
+    row = session.scalar(select(JobRow).where(JobRow.project == project, JobRow.id == job_id))
+    if row is None:
+        raise NotFound.of("job", job_id)
+    return row
+
+
+def job_record(row: JobRow) -> JobRecord:
+    """The frozen record of a job's row."""
+    values = {
+        f.name: getattr(row, f.name)
+        for f in dataclasses.fields(JobRecord)
+        if f.name not in ("metadata", "warnings")
+    }
+    return JobRecord(**values, metadata=row.tags, warnings=tuple(row.warnings or ()))
+
+
+def _cursor(session: Session, project: str, after: str) -> int:
+    try:
+        return find_job(session, project, after).seq
+    except NotFound as error:
+        raise InvalidCursor(f"after {after!r} names no job of this list") from error
+
+
+def _tagged(tags: dict[str, Any], wanted: dict[str, str]) -> bool:
+    return all(tags.get(k) == v for k, v in wanted.items()) if wanted else not tags

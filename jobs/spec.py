@@ -1,0 +1,199 @@
+"""The records that leave the store: frozen, complete, without a session behind them.
+
+The road not taken is handing out ORM rows: a row that reads lazily after its transaction has ended shows a state that
+never was, or fails.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from jobs.states import Stage
+
+T = TypeVar("T")
+
+
+def new_id(prefix: str) -> str:
+    """An opaque id with 96 random bits, such as `ftjob-…` for prefix "ftjob-"."""
+    return prefix + secrets.token_hex(12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A valid API key."""
+
+    id: str
+    project: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewFile:
+    """A file whose bytes already lie, whole, in the data folder under `id`."""
+
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    sha256: str
+    format: str | None = None
+    rows: int | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    status: str = "processed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord(NewFile):
+    """A registered file; `report` is what the row-by-row check found."""
+
+    seq: int
+    project: str
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """A job as asked for, already checked; `request` is the canonical run request."""
+
+    request: dict[str, Any]
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: int | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """A job as it stood at one moment. Times are Unix seconds."""
+
+    seq: int
+    id: str
+    project: str
+    created_at: float
+    status: str
+    desired: str
+    detail_state: str
+    detail_message: str
+    detail_since: float
+    version: int
+    attempt: int
+    failures: int
+    owner: str | None
+    model: str
+    request: dict[str, Any]
+    config: dict[str, Any] | None
+    hyperparameters: dict[str, Any] | None
+    figures: dict[str, Any] | None
+    warnings: tuple[str, ...]
+    training_file: str
+    validation_file: str | None
+    suffix: str | None
+    seed: int | None
+    metadata: dict[str, str]
+    error: dict[str, Any] | None
+    fine_tuned_model: str | None
+    trained_tokens: int | None
+    started_at: float | None
+    finished_at: float | None
+    progress_step: int | None
+    total_steps: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    omission_rate_mlp: float | None
+    omission_rate_attention: float | None
+    eta_seconds: float | None
+    summary: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRecord:
+    """`type` and `level` are OpenAI's; `kind` is finer: state, message, metrics, evaluation, checkpoint, sample."""
+
+    seq: int
+    id: str
+    job_id: str
+    created_at: float
+    level: str
+    type: str
+    kind: str
+    message: str
+    data: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """`path` is relative to the data folder; `artifacts.absolute` finds it."""
+
+    seq: int
+    id: str
+    job_id: str
+    attempt: int
+    step: int
+    path: str
+    size_bytes: int
+    metrics: dict[str, Any]
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """A result; `id` is its public name `ft:…`, `path` is relative to the data folder."""
+
+    seq: int
+    id: str
+    project: str
+    job_id: str
+    base: str
+    path: str
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRecord:
+    """A worker; alive where `beat_seq` moves."""
+
+    id: str
+    hostname: str
+    pid: int
+    slots: dict[str, Any]
+    started_at: float
+    beat_at: float
+    beat_seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The right to work on a job, good until a newer attempt exists. `checkpoints` are newest first."""
+
+    job: JobRecord
+    attempt: int
+    stage: Stage
+    worker_id: str
+    checkpoints: tuple[CheckpointRecord, ...] = ()
+
+    @property
+    def job_id(self) -> str:
+        """The claimed job's id."""
+        return self.job.id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """One observation of a held job."""
+
+    job_id: str
+    attempt: int
+    heartbeat_seq: int
+    owner: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page(Generic[T]):
+    """Part of a list; ask again with `after` = the last item's id while `has_more`."""
+
+    items: tuple[T, ...]
+    has_more: bool

@@ -1,0 +1,428 @@
+"""Every change of a job's state: one conditional UPDATE that names the states it may leave, and an event beside it.
+
+A claim raises `attempt`; each later write of a worker names attempt and owner in its WHERE, so that whoever holds an older
+claim changes nothing and is told so (LeaseLost). A lease is judged by whoever watches: it is lost when its heartbeat
+counter has not moved for the lease time on the watcher's own monotonic clock. The road not taken is an expiry time in the
+row: clocks of two machines, or one clock that is set, would take back living jobs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from jobs.errors import IdempotencyMismatch, JobTerminal, LeaseLost
+from jobs.library import Library, record_of
+from jobs.models import AttemptRow, CheckpointRow, IdempotencyRow, JobRow, ModelRow, WorkerRow
+from jobs.reads import Reads, find_job, job_record
+from jobs.recording import add_event, apply
+from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewJob, WorkerRecord, new_id
+from jobs.states import HELD, TERMINAL, WAITING, Desired, Stage, Status
+
+
+class Store(Library, Reads):
+    """The job store. One method is one transaction."""
+
+    def create_job(
+        self, project: str, new: NewJob, idempotency: tuple[str, str] | None = None
+    ) -> tuple[JobRecord, bool]:
+        """Accept a job; (job, whether it existed already under this idempotency key).
+
+        Raises:
+            IdempotencyMismatch: where the key was used with another fingerprint.
+        """
+        try:
+            return self._create(project, new, idempotency)
+        except IntegrityError:
+            # Another request with the same key committed between our look and our insert.
+            return self._create(project, new, idempotency)
+
+    def _create(
+        self, project: str, new: NewJob, idempotency: tuple[str, str] | None
+    ) -> tuple[JobRecord, bool]:
+        now = time.time()
+        with self.writing() as session:
+            if idempotency and (earlier := _replayed(session, project, *idempotency)):
+                return job_record(find_job(session, project, earlier)), True
+            row = JobRow(
+                id=new_id("ftjob-"),
+                project=project,
+                created_at=now,
+                model=new.model,
+                suffix=new.suffix,
+                seed=new.seed,
+                training_file=new.training_file,
+                validation_file=new.validation_file,
+                tags=new.metadata,
+                request=new.request,
+                status=Status.VALIDATING_FILES,
+                detail_state="waiting_for_worker",
+                detail_message="Waiting for a worker to read the files",
+                detail_since=now,
+                warnings=[],
+            )
+            session.add(row)
+            session.flush()
+            if idempotency:
+                key, fingerprint = idempotency
+                session.add(
+                    IdempotencyRow(
+                        project=project,
+                        key=key,
+                        fingerprint=fingerprint,
+                        job_id=row.id,
+                        created_at=now,
+                    )
+                )
+            add_event(
+                session, row.id, "Job accepted", data={"state": row.detail_state}, created_at=now
+            )
+            session.flush()
+            return job_record(row), False
+
+    def cancel_job(self, project: str, job_id: str) -> JobRecord:
+        """Cancel at once where nobody works on it, else ask its owner; cancelled stays cancelled.
+
+        Raises:
+            NotFound: no such job.
+            JobTerminal: it has succeeded or failed.
+        """
+        with self.writing() as session:
+            row = _locked(session, find_job(session, project, job_id))
+            if row.status in TERMINAL and row.status != Status.CANCELLED:
+                error = JobTerminal(f"{job_id} has {row.status}; an ended job cannot be cancelled")
+                error.status = row.status
+                raise error
+            if row.status != Status.CANCELLED and row.owner is None:
+                _end(session, row, Status.CANCELLED, "by_user", "Cancelled")
+            elif row.status != Status.CANCELLED and row.desired != Desired.CANCEL:
+                row.desired = Desired.CANCEL
+                _tell(session, row, "cancelling", "Cancelling: the current step ends first")
+            session.flush()
+            return job_record(row)
+
+    def claim(self, worker_id: str, stage: Stage) -> Claim | None:
+        """Take the oldest waiting job of a stage; None where there is none."""
+        now = time.time()
+        waiting = (
+            JobRow.status == WAITING[stage],
+            JobRow.owner.is_(None),
+            JobRow.desired == Desired.RUN,
+        )
+        with self.writing() as session:
+            query = (
+                select(JobRow)
+                .where(*waiting, JobRow.not_before <= now)
+                .order_by(JobRow.seq)
+                .limit(1)
+            )
+            row = session.scalar(query.with_for_update(skip_locked=True))
+            if row is None:
+                return None
+            row.owner, row.attempt, row.heartbeat_seq = worker_id, row.attempt + 1, 0
+            row.status = HELD[stage]
+            row.started_at = row.started_at or now
+            session.add(
+                AttemptRow(
+                    job_id=row.id,
+                    attempt=row.attempt,
+                    stage=stage,
+                    worker_id=worker_id,
+                    started_at=now,
+                )
+            )
+            _tell(
+                session,
+                row,
+                "starting",
+                f"Attempt {row.attempt}: worker {worker_id} starts to {stage}",
+            )
+            session.flush()
+            found = session.scalars(
+                select(CheckpointRow)
+                .where(CheckpointRow.job_id == row.id)
+                .order_by(CheckpointRow.step.desc())
+            )
+            checkpoints = tuple(record_of(CheckpointRecord, c) for c in found)
+            return Claim(
+                job=job_record(row),
+                attempt=row.attempt,
+                stage=stage,
+                worker_id=worker_id,
+                checkpoints=checkpoints,
+            )
+
+    def heartbeat(self, claim: Claim) -> Desired:
+        """Renew the lease; what people want of the job. Raises LeaseLost."""
+        with self.writing() as session:
+            return Desired(self._fenced(session, claim).desired)
+
+    def record(
+        self, claim: Claim, events: list[dict[str, Any]], *, run: str, read_position: int
+    ) -> Desired:
+        """Write a run's events, move the read position, renew the lease: all or nothing.
+
+        Args:
+            claim: whose run it is.
+            events: complete lines of events.jsonl, in order, each told once.
+            run: run folder, relative to the data folder.
+            read_position: bytes of events.jsonl read so far.
+
+        Raises:
+            LeaseLost: nothing was written.
+        """
+        with self.writing() as session:
+            row = self._fenced(session, claim)
+            apply(session, row, claim.attempt, run, events)
+            row.version += bool(events)
+            attempt = session.get_one(AttemptRow, (claim.job_id, claim.attempt))
+            attempt.read_position = read_position
+            attempt.read_seq = events[-1]["seq"] if events else attempt.read_seq
+            return Desired(row.desired)
+
+    def finish_prepare(self, claim: Claim, prepared: dict[str, Any]) -> None:
+        """Freeze the resolved configuration on the job, which then waits for a GPU slot. Raises LeaseLost."""
+        with self.writing() as session:
+            row = self._fenced(session, claim)
+            row.config, row.hyperparameters = prepared["config"], prepared["hyperparameters"]
+            row.figures, row.total_steps = prepared["figures"], prepared["total_steps"]
+            row.warnings = list(prepared["warnings"])
+            for warning in row.warnings:
+                add_event(session, row.id, warning, kind="message", level="warn")
+            self._end_attempt(session, claim, "prepared")
+            if row.desired == Desired.CANCEL:
+                _end(session, row, Status.CANCELLED, "by_user", "Cancelled")
+                return
+            row.owner, row.status = None, Status.QUEUED
+            _tell(session, row, "waiting_for_gpu", "Waiting for a free slot to train in")
+
+    def finish_train(self, claim: Claim, *, model: str, path: str, summary: dict[str, Any]) -> None:
+        """The job has succeeded: name and folder of its model, and what was measured. Raises LeaseLost."""
+        with self.writing() as session:
+            row = self._fenced(session, claim)
+            self._end_attempt(session, claim, "succeeded")
+            row.fine_tuned_model, row.summary = model, summary
+            row.trained_tokens = summary.get("trained_tokens", row.trained_tokens)
+            session.add(
+                ModelRow(
+                    id=model,
+                    project=row.project,
+                    job_id=row.id,
+                    base=row.model,
+                    path=path,
+                    created_at=time.time(),
+                )
+            )
+            _end(session, row, Status.SUCCEEDED, "done", f"Succeeded: {model}")
+
+    def fail(self, claim: Claim, error: dict[str, Any]) -> None:
+        """The job has failed for a reason that trying again does not mend. Raises LeaseLost."""
+        with self.writing() as session:
+            row = self._fenced(session, claim)
+            self._end_attempt(session, claim, "failed")
+            _fail(session, row, error)
+
+    def release(self, claim: Claim, reason: str) -> None:
+        """Give a job back unharmed: its worker ends, or a stop was asked for. Not counted as a failure.
+
+        Raises:
+            LeaseLost: nothing was written.
+        """
+        with self.writing() as session:
+            row = self._fenced(session, claim)
+            self._end_attempt(session, claim, "released")
+            _give_back(session, row, claim.stage, reason, level="info")
+
+    def crash(
+        self, claim: Claim, error: dict[str, Any], *, max_failures: int, retry_seconds: float
+    ) -> None:
+        """A run died without a reason of the user's: try again, a counted number of times. Raises LeaseLost."""
+        with self.writing() as session:
+            row = self._fenced(session, claim)
+            self._end_attempt(session, claim, "crashed")
+            _count_failure(
+                session,
+                row,
+                claim.stage,
+                error,
+                max_failures=max_failures,
+                retry_seconds=retry_seconds,
+            )
+
+    def leases(self) -> list[Lease]:
+        """Every held job as it stands, for a watcher to compare with what it saw before."""
+        with self.reading() as session:
+            query = select(JobRow.id, JobRow.attempt, JobRow.heartbeat_seq, JobRow.owner).where(
+                JobRow.owner.isnot(None)
+            )
+            return [
+                Lease(job_id=job, attempt=attempt, heartbeat_seq=beat, owner=owner or "")
+                for job, attempt, beat, owner in session.execute(query)
+            ]
+
+    def expire(self, lease: Lease, *, max_failures: int, retry_seconds: float) -> bool:
+        """Take back a job whose lease stood still; False where it has moved since."""
+        with self.writing() as session:
+            fence = (
+                JobRow.id == lease.job_id,
+                JobRow.attempt == lease.attempt,
+                JobRow.heartbeat_seq == lease.heartbeat_seq,
+                JobRow.owner == lease.owner,
+            )
+            row = session.scalar(select(JobRow).where(*fence).with_for_update())
+            if row is None:
+                return False
+            attempt = session.get_one(AttemptRow, (row.id, row.attempt))
+            attempt.ended_at, attempt.outcome = time.time(), "lost"
+            error = {
+                "code": "worker_lost",
+                "message": f"Worker {lease.owner} was lost",
+                "param": None,
+            }
+            stage = Stage(attempt.stage)
+            _count_failure(
+                session, row, stage, error, max_failures=max_failures, retry_seconds=retry_seconds
+            )
+            return True
+
+    def waiting(self, stage: Stage) -> int:
+        """Jobs of a stage that could be claimed now."""
+        with self.reading() as session:
+            query = select(func.count()).where(
+                JobRow.status == WAITING[stage],
+                JobRow.owner.is_(None),
+                JobRow.desired == Desired.RUN,
+                JobRow.not_before <= time.time(),
+            )
+            return session.scalar(query) or 0
+
+    def register_worker(
+        self, worker_id: str, *, hostname: str, pid: int, slots: dict[str, int]
+    ) -> None:
+        """Tell of a worker that starts."""
+        now = time.time()
+        with self.writing() as session:
+            session.add(
+                WorkerRow(
+                    id=worker_id,
+                    hostname=hostname,
+                    pid=pid,
+                    slots=slots,
+                    started_at=now,
+                    beat_at=now,
+                )
+            )
+
+    def beat_worker(self, worker_id: str) -> None:
+        """Tell that a worker lives."""
+        with self.writing() as session:
+            session.execute(
+                update(WorkerRow)
+                .where(WorkerRow.id == worker_id)
+                .values(beat_seq=WorkerRow.beat_seq + 1, beat_at=time.time())
+            )
+
+    def forget_worker(self, worker_id: str) -> None:
+        """A worker has ended in order."""
+        with self.writing() as session:
+            row = session.get(WorkerRow, worker_id)
+            if row is not None:
+                session.delete(row)
+
+    def workers(self) -> list[WorkerRecord]:
+        """Workers that have told of themselves, newest first."""
+        with self.reading() as session:
+            rows = session.scalars(select(WorkerRow).order_by(WorkerRow.started_at.desc()))
+            return [record_of(WorkerRecord, row) for row in rows]
+
+    def _fenced(self, session: Session, claim: Claim) -> JobRow:
+        """The claimed row, locked, its lease renewed. Raises LeaseLost."""
+        fence: tuple[ColumnElement[bool], ...] = (
+            JobRow.id == claim.job_id,
+            JobRow.attempt == claim.attempt,
+            JobRow.owner == claim.worker_id,
+            JobRow.status == HELD[claim.stage],
+        )
+        row = session.scalar(select(JobRow).where(*fence).with_for_update())
+        if row is None:
+            raise LeaseLost(
+                f"{claim.job_id}: attempt {claim.attempt} of {claim.worker_id} is no longer the newest"
+            )
+        row.heartbeat_seq += 1
+        return row
+
+    def _end_attempt(self, session: Session, claim: Claim, outcome: str) -> None:
+        attempt = session.get_one(AttemptRow, (claim.job_id, claim.attempt))
+        attempt.ended_at, attempt.outcome = time.time(), outcome
+
+
+def _replayed(session: Session, project: str, key: str, fingerprint: str) -> str | None:
+    row = session.get(IdempotencyRow, (project, key))
+    if row is None:
+        return None
+    if row.fingerprint != fingerprint:
+        error = IdempotencyMismatch(
+            f"Idempotency key {key!r} was used for {row.job_id} with another body"
+        )
+        error.job_id = row.job_id
+        raise error
+    return row.job_id
+
+
+def _locked(session: Session, row: JobRow) -> JobRow:
+    session.refresh(row, with_for_update=True)
+    return row
+
+
+def _tell(session: Session, row: JobRow, state: str, message: str, *, level: str = "info") -> None:
+    row.detail_state, row.detail_message, row.detail_since = state, message, time.time()
+    row.version += 1
+    add_event(session, row.id, message, level=level, data={"state": state, "status": row.status})
+
+
+def _end(
+    session: Session, row: JobRow, status: Status, state: str, message: str, *, level: str = "info"
+) -> None:
+    row.status, row.owner, row.finished_at, row.eta_seconds = status, None, time.time(), None
+    _tell(session, row, state, message, level=level)
+
+
+def _fail(session: Session, row: JobRow, error: dict[str, Any]) -> None:
+    row.error = error
+    _end(session, row, Status.FAILED, error["code"], f"Failed: {error['message']}", level="error")
+
+
+def _give_back(session: Session, row: JobRow, stage: Stage, reason: str, *, level: str) -> None:
+    if row.desired == Desired.CANCEL:
+        _end(session, row, Status.CANCELLED, "by_user", "Cancelled")
+        return
+    row.owner, row.status, row.eta_seconds = None, WAITING[stage], None
+    _tell(session, row, "retrying", reason, level=level)
+
+
+def _count_failure(
+    session: Session,
+    row: JobRow,
+    stage: Stage,
+    error: dict[str, Any],
+    *,
+    max_failures: int,
+    retry_seconds: float,
+) -> None:
+    row.failures += 1
+    if row.failures >= max_failures and row.desired != Desired.CANCEL:
+        tries = f" It was tried {row.failures} times." if row.failures > 1 else ""
+        _fail(session, row, {**error, "message": f"{error['message']}.{tries}"})
+        return
+    row.not_before = time.time() + retry_seconds * 2 ** (row.failures - 1)
+    _give_back(
+        session,
+        row,
+        stage,
+        f"{error['message']}; going on from the newest checkpoint",
+        level="warn",
+    )
