@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.lifeline:
         _hold_lifeline()
     asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    if args.command == "train":
+        signal.signal(signal.SIGTERM, lambda *_: asked.set())
     with EventLog(args.folder) as events:
         try:
             return _run(args.command, args.folder, events, asked.is_set)

@@ -1,0 +1,208 @@
+"""The life of one claimed job on this host: run folder, child, tail, end.
+
+While the child runs, this loop renews the lease, moves its events into SQL and hears what people want. It writes under its
+claim only; told that the lease is lost, it kills the child and leaves without a word, for the job has another owner. While
+the database is away training goes on: the run folder holds what was not yet told.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+
+from jobs.artifacts import Artifacts
+from jobs.errors import LeaseLost, NotFound
+from jobs.settings import Settings
+from jobs.spec import Claim
+from jobs.states import Desired, Stage
+from jobs.store import Store
+from worker.child import CORE, Child
+from worker.tail import Tail
+
+log = logging.getLogger(__name__)
+
+DONE, STOPPED, FAILED = 0, 10, 20
+PREPARE_FORMAT = "satune.prepare/1"
+POLL_SECONDS = 0.2
+
+
+@dataclass
+class Runner:
+    """One claim being worked on."""
+
+    settings: Settings
+    store: Store
+    claim: Claim
+    devices: str
+    stopping: threading.Event
+    program: tuple[str, ...] = CORE
+    result: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+    artifacts: Artifacts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.artifacts = Artifacts.from_settings(self.settings)
+        self.folder = self.artifacts.run(self.claim.job_id, self.claim.attempt)
+        self.tail = Tail(self.folder / "events.jsonl")
+        self._asked_at: float | None = None
+        self._spoke_at = self._beat_at = time.monotonic()
+
+    def run(self) -> None:
+        """Work on the claim to its end, whatever that is."""
+        try:
+            self.folder.mkdir(parents=True)
+            (self.folder / "config.json").write_text(json.dumps(self._config(), indent=1), "utf-8")
+            child = Child(self.claim.stage, self.folder, devices=self.devices, program=self.program)
+            try:
+                self._attend(child)
+            finally:
+                child.kill()
+                child.close()
+            self._conclude(child)
+        except LeaseLost as error:
+            log.warning("Standing down: %s", error)
+        except NotFound as error:
+            self.store.fail(self.claim, {"code": "not_found", "message": f"{error}", "param": None})
+
+    def _config(self) -> dict[str, Any]:
+        job = self.claim.job
+        if self.claim.stage is Stage.TRAIN:
+            whole = (self.artifacts.absolute(c.path) for c in self.claim.checkpoints)
+            newest = next((path for path in whole if path.is_dir()), None)
+            return {**(job.config or {}), "resume_from": str(newest) if newest else None}
+        files = {"training_file": job.training_file, "validation_file": job.validation_file}
+        return {
+            "format": PREPARE_FORMAT,
+            "request": job.request,
+            "model": {"name": job.model, "path": self._model_path(), "revision": None},
+            **{name: self._source(file_id) for name, file_id in files.items()},
+            "corpora_dir": str(self.artifacts.corpora),
+        }
+
+    def _source(self, file_id: str | None) -> dict[str, str] | None:
+        if file_id is None:
+            return None
+        file = self.store.get_file(self.claim.job.project, file_id)
+        return {"path": str(self.artifacts.file(file_id)), "filename": file.filename}
+
+    def _model_path(self) -> str | None:
+        name = self.claim.job.model
+        if name.startswith("ft:"):
+            return str(
+                self.artifacts.absolute(self.store.get_model(self.claim.job.project, name).path)
+            )
+        found = self.artifacts.resolve_model(name)
+        if found is None and name.startswith("local/"):
+            raise NotFound.of("model", name)
+        return str(found) if found else None
+
+    def _attend(self, child: Child) -> None:
+        """Until the child has ended: tell, renew, obey."""
+        while not child.ended(POLL_SECONDS):
+            desired = self._tell()
+            if desired is Desired.CANCEL or self.stopping.is_set():
+                self._stop(child)
+            if time.monotonic() - self._spoke_at > self.settings.stall_seconds:
+                log.error(
+                    "%s: silent for %s s, killed", self.claim.job_id, self.settings.stall_seconds
+                )
+                child.kill()
+        while self.tail.read()[0]:
+            self._tell()
+
+    def _tell(self) -> Desired:
+        """Move new events into SQL, or at least renew the lease when it is time. Raises LeaseLost."""
+        events, position = self.tail.read()
+        now = time.monotonic()
+        if not events and now - self._beat_at < self.settings.heartbeat_seconds:
+            return Desired.RUN
+        try:
+            if events:
+                run = self.artifacts.relative(self.folder)
+                desired = self.store.record(self.claim, events, run=run, read_position=position)
+                self._keep(events)
+                self.tail.taken(position)
+                self._spoke_at = now
+            else:
+                desired = self.store.heartbeat(self.claim)
+            self._beat_at = now
+            return desired
+        except DBAPIError as error:
+            log.warning("The database is away, training goes on: %s", error.orig)
+            time.sleep(1)
+            return Desired.RUN
+
+    def _keep(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            if event["kind"] == "result":
+                self.result = event
+            elif event["kind"] == "failed":
+                self.failure = {key: event.get(key) for key in ("code", "message", "param")}
+
+    def _stop(self, child: Child) -> None:
+        """Ask once, and end it by force when its time is up."""
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            child.ask_to_stop()
+        elif time.monotonic() - self._asked_at > self.settings.grace_seconds:
+            child.kill()
+
+    def _conclude(self, child: Child) -> None:
+        """Write down how it ended; the last word waits for a database that is away."""
+        code = child.process.returncode
+        while True:
+            try:
+                self._write_end(child, code)
+                return
+            except DBAPIError as error:
+                log.warning(
+                    "The database is away, the end of %s waits: %s", self.claim.job_id, error.orig
+                )
+                time.sleep(1)
+
+    def _write_end(self, child: Child, code: int) -> None:
+        if code == DONE and self.claim.stage is Stage.PREPARE:
+            prepared = json.loads((self.folder / "train.json").read_text("utf-8"))
+            self.store.finish_prepare(self.claim, prepared)
+        elif code == DONE and self.result:
+            self._publish(self.result)
+        elif code == FAILED and self.failure:
+            self.store.fail(self.claim, self.failure)
+        elif code == STOPPED or self._asked_at is not None:
+            self.store.release(
+                self.claim, "Stopped with a checkpoint written; waiting for a worker"
+            )
+        else:
+            ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+            error = {
+                "code": "internal_error",
+                "message": f"The run ended by {ended}",
+                "param": None,
+                "log_excerpt": child.log_end(),
+            }
+            self.store.crash(
+                self.claim,
+                error,
+                max_failures=self.settings.max_failures,
+                retry_seconds=self.settings.retry_seconds,
+            )
+
+    def _publish(self, result: dict[str, Any]) -> None:
+        """Move the model out of the run folder, then say so under the fence: readers follow the row."""
+        job = self.claim.job
+        target = self.artifacts.result(job.id, self.claim.attempt)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            os.rename(self.folder / result["path"], target)
+        base = job.model.split(":")[1] if job.model.startswith("ft:") else job.model
+        name = f"ft:{base}:{job.project}:{job.suffix or ''}:{job.id[-8:]}"
+        self.store.finish_train(
+            self.claim, model=name, path=self.artifacts.relative(target), summary=result["summary"]
+        )
