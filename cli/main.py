@@ -17,13 +17,16 @@ from cli.doctor import examine
 from cli.up import Service
 from cli.watching import describe, follow, report
 
+PIPE_COLUMNS = 160
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Managed sparse fine-tuning of language models.",
 )
-err = Console(stderr=True)
-out = Console()
+# A pipe has no width; the usual 80 columns would fold ids and paths that a script or a log wants whole.
+err = Console(stderr=True, width=None if sys.stderr.isatty() else PIPE_COLUMNS)
+out = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 
 DataDir = Annotated[
     Path, typer.Option("--data-dir", envvar="SATUNE_DATA_DIR", help="The service's data folder.")
@@ -143,10 +146,15 @@ def list_jobs(
     if as_json:
         out.print_json(data=jobs)
         return
-    table = Table("job", "status", "model", "progress", box=None, padding=(0, 2, 0, 0))
+    if not jobs:
+        err.print("No jobs yet. `satune submit --help` tells how to make one.")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("job", "status", "model", "progress"):
+        table.add_column(title, no_wrap=title in ("job", "status"))
     for job in jobs:
         table.add_row(job["id"], job["status"], job["model"], describe(job))
-    out.print(table if jobs else "No jobs yet. `satune submit --help` tells how to make one.")
+    out.print(table)
 
 
 @app.command()

@@ -126,9 +126,10 @@ def report(job: dict[str, Any], console: Console) -> None:
         table.add_row("", str(found["model_path"]))
     console.print(table)
     for sample in found["samples"]:
-        console.print(f"  prompt  {sample['prompt']!r}", markup=False, highlight=False)
-        console.print(f"  before  {sample['before']!r}", markup=False, highlight=False)
-        console.print(f"  after   {sample['after']!r}", markup=False, highlight=False)
+        for name in ("prompt", "before", "after"):
+            console.print(
+                f"  {name:<7} {sample[name]!r}", markup=False, highlight=False, soft_wrap=True
+            )
 
 
 def clock(seconds: float) -> str:

@@ -1,0 +1,85 @@
+"""What the commands print where, and with which status they end."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.cli.running import Up, satune
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    (tmp_path / "data.jsonl").write_text(ROW * 4)
+    return str(tmp_path / "data.jsonl")
+
+
+def test_without_a_server_the_status_is_6_and_the_way_out_is_named(tmp_path: Path):
+    done = satune("list", "--data-dir", str(tmp_path))
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "satune up" in done.stderr
+    done = satune("list", SATUNE_URL="http://127.0.0.1:9", SATUNE_API_KEY="x")
+    assert (done.returncode, done.stdout) == (6, "")
+
+
+def test_a_wrong_key_is_5(service: Up):
+    done = satune("list", SATUNE_URL=service.connection["url"], SATUNE_API_KEY="sk-sat-wrong")
+    assert (done.returncode, done.stdout) == (5, "")
+
+
+def test_an_unknown_job_is_4(service: Up):
+    for command in ("watch", "cancel"):
+        assert service.run(command, "ftjob-000000000000000000000000").returncode == 4
+
+
+def test_a_wrong_option_and_a_setting_without_a_value_are_2(service: Up, dataset: str):
+    assert satune("submit", "--no-such-option").returncode == 2
+    done = service.run("submit", "-m", "local/x", "-d", dataset, "--set", "sat.train.max_steps")
+    assert done.returncode == 2
+    assert "--set" in done.stderr
+
+
+def test_a_broken_row_is_2_and_named_by_its_line(service: Up, tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text(ROW + "{broken\n" + ROW)
+    done = service.run("submit", "-m", "local/x", "-d", str(tmp_path / "bad.jsonl"))
+    assert done.returncode == 2
+    assert "line 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--mlp", "1.0"], "sat.omission_rate.mlp"),
+        (["--mlp", "-1"], "sat.omission_rate.mlp"),
+        (["--set", "sat.importance.metric=magic"], "maxip"),
+        (["--set", "sat.train.max_step=3"], "max_steps"),
+    ],
+)
+def test_a_refused_setting_is_2_and_the_message_names_it(
+    service: Up, dataset: str, options: list[str], named: str
+):
+    done = service.run("submit", "-m", "org/model", "-d", dataset, *options)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert json.loads(service.run("list", "--json").stdout) == []
+
+
+def test_a_missing_file_and_a_missing_model_are_2(service: Up, dataset: str):
+    assert service.run("submit", "-m", "local/x", "-d", "/no/such/file").returncode == 2
+    done = service.run("submit", "-m", "local/nothing", "-d", dataset)
+    assert done.returncode == 2
+    assert "local/nothing" in done.stderr
+
+
+def test_doctor_speaks_json_on_standard_output(service: Up):
+    done = service.run("doctor", "--json")
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    assert found["server"]["ok"]
+    assert found["torch"]["ok"]
