@@ -65,7 +65,7 @@ class Reads(Transactions):
                 .where(JobRow.project == project)
                 .group_by(JobRow.status)
             )
-            return dict(session.execute(query).tuples().all())
+            return {row[0]: row[1] for row in session.execute(query)}
 
     def events(
         self,
