@@ -38,14 +38,14 @@ STATE_WORDS = {
 # What a person can do about a failure; the message of the failure itself stands above it.
 FAILURE_HELP = {
     "dataset_invalid": "Correct the named rows and upload the file again.",
-    "dataset_changed": "The uploaded file is no longer what it was. Upload it again and start a new job.",
-    "model_not_found": "Check the model's name, or put its folder below a model root.",
-    "model_download_failed": "Check the model's name and this machine's network, or put the model below a model root.",
+    "not_found": "Check the model's name and this machine's network, or put the model below a model root.",
     "model_unsupported": "Choose a model of a supported family; the guide lists them.",
     "out_of_memory": "Lower sat.train.micro_batch_size or sat.train.max_seq_len; the batch size may stay.",
     "loss_not_finite": "Lower the learning rate, or the omission rate; then look at the last steps in the chart.",
-    "worker_lost": "The training process ended without a word several times. Its log may name the cause.",
-    "worker_crashed": "The training process crashed several times. Its log may name the cause.",
+    "no_checkpoint": "Start the job anew; the checkpoint it was to go on from is not whole.",
+    "worker_lost": "The machine or its worker went away several times. Start a new job once it stays up.",
+    "internal_error": "The training process ended without a reason. The log in its run folder may name one.",
+    "invalid_value": "Correct the named setting and start a new job.",
 }
 FAILURE_OTHER = "The events below and the log in the run folder say more."
 

@@ -23,6 +23,7 @@ class JobFailure(BaseModel):
     code: str
     message: str
     param: str | None = None
+    log_excerpt: str | None = None
 
 
 class StatusDetail(BaseModel):
@@ -219,6 +220,7 @@ def _failure(error: dict[str, Any]) -> dict[str, Any]:
         "code": str(error.get("code") or "internal_error"),
         "message": str(error.get("message") or "The job failed."),
         "param": error.get("param"),
+        "log_excerpt": error.get("log_excerpt"),
     }
 
 

@@ -56,6 +56,7 @@
     ];
   }
 
+  const small = (value) => (value == null ? "–" : value === 0 ? "0" : value.toExponential(2));
   const stepped = window.uPlot.paths.stepped({ align: -1 });
   const line = (label, color, more) => ({ label, stroke: () => css(color), width: 2, spanGaps: true, points: { show: false }, ...more });
   /* Dots say where it was measured; many of them are only a thick line. */
@@ -86,7 +87,7 @@
         line("Attention, planned", "--line-2-faint", { paths: stepped, width: 1.5, dash: [6, 4], value: (_, v) => share(v) }),
       ],
       values: withPlan,
-      say: () => `${ended ? "At the end" : "Now"} ${share(last(data.omission_rate_mlp))} of MLP channels and ${share(last(data.omission_rate_attention))} of attention heads are left out (most so far: ${share(most(data.omission_rate_mlp))} and ${share(most(data.omission_rate_attention))}).`,
+      say: () => `${ended ? "At the end" : "Now"} ${share(last(data.omission_rate_mlp))} of MLP channels and ${share(last(data.omission_rate_attention))} of attention heads are left out (at most ${share(most(data.omission_rate_mlp))} and ${share(most(data.omission_rate_attention))}).`,
     },
     speed: {
       floor: true,
@@ -97,9 +98,9 @@
     rate: {
       floor: true,
       axis: (_, ticks) => ticks.map((value) => (value ? value.toExponential(1) : "0")),
-      series: [line("Learning rate", "--line-1", { width: 1.5, value: (_, v) => (v == null ? "–" : v.toExponential(2)) })],
+      series: [line("Learning rate", "--line-1", { width: 1.5, value: (_, v) => small(v) })],
       values: () => [data.step, data.learning_rate],
-      say: () => `${(last(data.learning_rate) ?? 0).toExponential(2)} at step ${lastStep.toLocaleString("en")}.`,
+      say: () => `${small(last(data.learning_rate))} at step ${lastStep.toLocaleString("en")}.`,
     },
   };
 
@@ -130,6 +131,7 @@
     if (!plots.length) box.querySelectorAll("[data-chart]").forEach(draw);
     for (const { plot, kind, say } of plots) {
       plot.setData(kind.values());
+      plot.root.classList.toggle("no-plan", !ahead().length);
       const words = kind.say();
       if (say.textContent !== words) say.textContent = words;
     }
