@@ -8,6 +8,7 @@ sparsity, and the figures say what was measured.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cli import demo_material
@@ -21,6 +22,54 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SEQUENCE = 128
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of the demo. Steps are few because minutes are; `prompts` are continued before and after."""
+
+    title: str
+    steps: int
+    learning_rate: float
+    prompts: tuple[str, ...]
+    omission_rate: dict[str, float] | None
+
+    def settings(self) -> dict[str, Any]:
+        """The `sat` object of the job."""
+        rates = {"omission_rate": self.omission_rate} if self.omission_rate else {"mode": "off"}
+        return {
+            **rates,
+            "train": {
+                "max_steps": self.steps,
+                "learning_rate": self.learning_rate,
+                "max_seq_len": SEQUENCE,
+            },
+            "eval": {
+                "every": self.steps // 4,
+                "prompts": list(self.prompts),
+                "max_new_tokens": 32,
+            },
+        }
+
+
+BASE = Stage(
+    "1/3 base training, dense", 480, 6e-3, ("The for statement", "Return the"), omission_rate=None
+)
+SOURCES = Stage(
+    "2/3 continual pre-training on Python sources, half of the MLP channels asleep",
+    240,
+    4e-3,
+    ("    def __init__(self,", "import "),
+    {"mlp": 0.5, "attention": 0.0},
+)
+QUESTIONS = Stage(
+    "3/3 supervised on questions and answers, half of the MLP channels and a quarter of the heads asleep",
+    320,
+    4e-3,
+    ("What does json.dumps do?", "What does os.path.join do?"),
+    {"mlp": 0.5, "attention": 0.25},
+)
 
 
 def run(client: Client, console: Console, *, tend: Callable[[], None] = lambda: None) -> None:
@@ -36,55 +85,23 @@ def run(client: Client, console: Console, *, tend: Callable[[], None] = lambda: 
             USAGE,
         )
     started = time.monotonic()
-    console.print("Making a model and data from Python's own library", highlight=False)
-    material = demo_material.make(folder)
-    base = _job(
-        client,
-        console,
-        "1/3 base training, dense",
-        material.model,
-        material.documents,
-        {
-            "mode": "off",
-            "train": {"max_steps": 260, "learning_rate": 4e-3, "max_seq_len": SEQUENCE},
-            "eval": {"every": 65, "prompts": ["The for statement", "Return the"]},
-        },
-        batch_size=16,
-    )
-    sources = _job(
-        client,
-        console,
-        "2/3 continual pre-training, half the MLP channels asleep",
-        base["fine_tuned_model"],
-        material.sources,
-        {
-            "omission_rate": {"mlp": 0.5, "attention": 0.0},
-            "train": {"max_steps": 140, "learning_rate": 2e-3, "max_seq_len": SEQUENCE},
-            "eval": {"every": 35, "prompts": ["    def __init__(self,", "import os\n"]},
-        },
-        batch_size=16,
-    )
-    final = _job(
-        client,
-        console,
-        "3/3 supervised, half the MLP channels and some heads asleep",
-        sources["fine_tuned_model"],
-        material.questions,
-        {
-            "omission_rate": {"mlp": 0.5, "attention": 0.25},
-            "train": {"max_steps": 140, "learning_rate": 2e-3, "max_seq_len": SEQUENCE},
-            "eval": {
-                "every": 35,
-                "prompts": ["What does json.dumps do?", "What does os.path.join do?"],
-                "max_new_tokens": 32,
-            },
-        },
-        batch_size=16,
-    )
-    url = f"{client.connection.url}/jobs/{final['id']}"
     console.print(
-        f"\nDone in {time.monotonic() - started:.0f} s. The last job: [link]{url}[/link]",
+        "Making a model with random weights, and data, from Python's own library", highlight=False
+    )
+    material = demo_material.make(folder)
+    model, job = material.model, {}
+    for stage, files in (
+        (BASE, material.documents),
+        (SOURCES, material.sources),
+        (QUESTIONS, material.questions),
+    ):
+        job = _job(client, console, stage, model, files, tend)
+        model = job["fine_tuned_model"]
+    url = f"{client.connection.url}/jobs/{job['id']}"
+    console.print(
+        f"\nDone in {time.monotonic() - started:.0f} s. The last job's page: {url}",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(
         f"Sign in with {client.connection.dashboard_url}", highlight=False, soft_wrap=True
@@ -94,26 +111,25 @@ def run(client: Client, console: Console, *, tend: Callable[[], None] = lambda: 
 def _job(
     client: Client,
     console: Console,
-    title: str,
+    stage: Stage,
     model: str,
     files: tuple[Path, Path],
-    sat: dict[str, Any],
-    *,
-    batch_size: int,
+    tend: Callable[[], None],
 ) -> dict[str, Any]:
-    console.print(f"\n[bold]{title}[/]", highlight=False)
+    console.print(f"\n[bold]{stage.title}[/]", highlight=False, soft_wrap=True)
     body = {
         "model": model,
         "training_file": client.upload(files[0])["id"],
         "validation_file": client.upload(files[1])["id"],
         "suffix": "demo",
         "seed": 1,
-        "hyperparameters": {"batch_size": batch_size},
-        "sat": sat,
+        "hyperparameters": {"batch_size": BATCH},
+        "sat": stage.settings(),
     }
-    job = follow(client, client.create_job(body)["id"], console, title=title.split(",")[0])
-    report(job, console)
+    job_id = client.create_job(body)["id"]
+    job = follow(client, job_id, console, title=stage.title.split()[0], tend=tend)
     if job["status"] != "succeeded":
         reason = job["error"]["message"] if job["error"] else "it was cancelled"
         raise CliError(f"The demo's job {job['id']} {job['status']}: {reason}", FAILED)
+    report(job, console)
     return job

@@ -8,6 +8,7 @@ the client needs no torch.
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import sysconfig
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = (
     2048,
-    160,
-    640,
+    128,
+    512,
     6,
+    8,
     4,
-    2,
-    40,
+    16,
     256,
 )
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
@@ -34,8 +35,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 HELD_OUT_EVERY = 20
+# Held-out loss is measured several times a job: enough text for a steady figure, no more.
+MAX_HELD_OUT_CHARACTERS = 40_000
 MAX_TEXT_BYTES = 1_500_000
-MODEL_NAME = "demo-llama-2.6m"
+MODEL_NAME = "demo-base-random"
 SKIPPED = {
     "site-packages",
     "test",
@@ -143,8 +146,12 @@ def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
 
 def _write(pair: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
     for path, held in zip(pair, (False, True), strict=True):
-        kept = (row for i, row in enumerate(rows) if (i % HELD_OUT_EVERY == 0) is held)
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        lines = [json.dumps(row) for i, row in enumerate(rows) if (i % HELD_OUT_EVERY == 0) is held]
+        if held:
+            lines = [line for line in lines if len(line) < MAX_HELD_OUT_CHARACTERS // 4]
+            sizes = itertools.accumulate(len(line) for line in lines)
+            lines = lines[: sum(size <= MAX_HELD_OUT_CHARACTERS for size in sizes)]
+        path.write_text("".join(line + "\n" for line in lines), "utf-8")
 
 
 def _write_model(folder: Path, texts: list[str]) -> None:

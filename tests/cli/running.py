@@ -26,6 +26,7 @@ def satune(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]
         [sys.executable, "-m", "cli.main", *arguments],
         env=environment(**settings),
         cwd=ROOT,
+        check=False,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
