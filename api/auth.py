@@ -5,6 +5,7 @@ sites are refused before that (`api.gate`). The road not taken is to accept the 
 """
 
 import contextlib
+import hashlib
 import os
 import secrets
 import tempfile
@@ -19,7 +20,6 @@ from api.deps import App, Services
 from api.errors import ApiError
 from jobs.spec import Key
 
-COOKIE = "satune_session"
 SESSION_SECONDS = 30 * 24 * 3600
 
 _bearer = HTTPBearer(
@@ -47,7 +47,7 @@ class SignInNeededError(Exception):
 
 def require_session(request: Request, app: App) -> str:
     """The project of the session cookie."""
-    token = request.cookies.get(COOKIE, "")
+    token = request.cookies.get(cookie_name(app), "")
     try:
         project = _signer(app).loads(token, max_age=SESSION_SECONDS)
     except BadSignature as error:
@@ -58,13 +58,18 @@ def require_session(request: Request, app: App) -> str:
 def start_session(response: Response, app: Services, key: Key) -> None:
     """Set the session cookie for the key's project."""
     response.set_cookie(
-        COOKIE,
+        cookie_name(app),
         _signer(app).dumps(key.project),
         max_age=SESSION_SECONDS,
         httponly=True,
         samesite="strict",
         path="/",
     )
+
+
+def cookie_name(app: Services) -> str:
+    """Different for each service: browsers share cookies between the ports of a host, and services on it are many."""
+    return "satune_session_" + hashlib.sha256(app.session_secret.encode()).hexdigest()[:8]
 
 
 def session_secret(data_dir: Path) -> str:

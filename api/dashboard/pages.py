@@ -23,10 +23,10 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from starlette.types import Scope
 
-from api.auth import COOKIE, SignInNeededError, Viewer, require_session, start_session
+from api.auth import SignInNeededError, Viewer, cookie_name, require_session, start_session
 from api.dashboard.thinning import thin
 from api.dashboard.words import FILTERS
-from api.deps import App, Services
+from api.deps import App, Services, services
 from api.errors import ApiError, error_response, request_id_of
 from api.routes.fine_tuning import result_archive
 from api.routes.health import release
@@ -96,7 +96,7 @@ def render(request: Request, name: str, status: int = 200, **values: Any) -> HTM
         .get_template(name)
         .render(
             theme=theme if theme in THEMES else None,
-            signed_in=status != 401 and COOKIE in request.cookies,
+            signed_in=status != 401 and cookie_name(services(request)) in request.cookies,
             path=request.url.path,
             **values,
         )
@@ -254,10 +254,10 @@ def login(request: Request, app: App, key: Annotated[str, Form()] = "") -> Respo
 
 
 @sign_in.post("/logout")
-def logout() -> RedirectResponse:
+def logout(app: App) -> RedirectResponse:
     """End the session."""
     response = RedirectResponse("/login", status_code=303)
-    response.delete_cookie(COOKIE, path="/")
+    response.delete_cookie(cookie_name(app), path="/")
     return response
 
 

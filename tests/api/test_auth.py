@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from api.auth import COOKIE
+from api.auth import cookie_name
 
 from .conftest import KEY
 
@@ -80,9 +80,9 @@ def test_the_cookie_does_not_open_the_api(anonymous):
     assert anonymous.get("/v1/models").status_code == 401
 
 
-def test_a_wrong_key_or_a_forged_cookie_does_not_sign_in(anonymous):
+def test_a_wrong_key_or_a_forged_cookie_does_not_sign_in(anonymous, app):
     assert anonymous.post("/login", data={"key": "wrong"}).status_code == 401
-    anonymous.cookies.set(COOKIE, "ImRlZmF1bHQi.aaaa.bbbb")
+    anonymous.cookies.set(cookie_name(app.state.services), "ImRlZmF1bHQi.aaaa.bbbb")
     assert anonymous.get("/").status_code == 401
 
 

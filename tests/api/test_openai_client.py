@@ -59,6 +59,11 @@ def test_errors_reach_the_user_of_the_client_with_their_words(sdk):
     assert bad.value.request_id
     assert bad.value.body["problems"][0]["line"] == 2
 
+    # Refused long before all of it has arrived, and still the client reads why.
+    with pytest.raises(openai.APIStatusError, match="limit of this service") as large:
+        sdk.files.create(file=("data.jsonl", ROW * 100_000), purpose="fine-tune")
+    assert (large.value.status_code, large.value.code) == (413, "file_too_large")
+
     with pytest.raises(openai.NotFoundError):
         sdk.fine_tuning.jobs.retrieve("ftjob-none")
     with pytest.raises(openai.AuthenticationError):
