@@ -1,0 +1,325 @@
+"""The store keeps its promises on both databases."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from jobs.errors import (
+    FileInUse,
+    IdempotencyMismatch,
+    InvalidCursor,
+    JobTerminal,
+    LeaseLost,
+    NotFound,
+)
+from jobs.spec import Claim, JobRecord, NewFile, NewJob
+from jobs.states import Stage
+from jobs.store import Store
+
+PREPARED = {
+    "config": {"a": 1},
+    "hyperparameters": {"n_epochs": 1},
+    "figures": {"rows": 3},
+    "total_steps": 9,
+    "warnings": ["w"],
+}
+LIMITS: dict[str, Any] = {"max_failures": 3, "retry_seconds": 0.0}
+ERROR = {"code": "internal_error", "message": "The run ended by signal 9", "param": None}
+
+
+def add_job(store: Store, project: str = "default", **changes: Any) -> JobRecord:
+    new = NewJob(
+        **{
+            "request": {"model": "local/tiny"},
+            "model": "local/tiny",
+            "training_file": "file-1",
+            **changes,
+        }
+    )
+    return store.create_job(project, new)[0]
+
+
+def claimed(store: Store, stage: Stage, worker: str = "w1") -> Claim:
+    claim = store.claim(worker, stage)
+    assert claim is not None
+    return claim
+
+
+def training(store: Store) -> Claim:
+    store.finish_prepare(claimed(store, Stage.PREPARE), PREPARED)
+    return claimed(store, Stage.TRAIN)
+
+
+def step(number: int, **changes: Any) -> dict[str, Any]:
+    figures = {
+        "loss": 1.0 / number, "token_accuracy": 0.5, "learning_rate": 1e-3, "grad_norm": 1.0, "omission_rate_mlp": 0.5,
+        "omission_rate_attention": 0.0, "awake_share": 0.7, "tokens_per_second": 100.0, "step_seconds": 0.5,
+        "flops": 1e12, "memory_bytes": 5, "tokens": 10 * number,
+    }  # fmt: skip
+    return {
+        "seq": number,
+        "time": 1.0,
+        "kind": "metrics",
+        "step": number,
+        "total_steps": 9,
+        **figures,
+        **changes,
+    }
+
+
+def test_a_job_lives_from_acceptance_to_success(store: Store) -> None:
+    job = add_job(store, suffix="s", metadata={"team": "a"})
+    assert (job.status, job.attempt) == ("validating_files", 0)
+    first = claimed(store, Stage.PREPARE)
+    assert store.get_job("default", job.id).status == "validating_files"
+    store.finish_prepare(first, PREPARED)
+    assert store.get_job("default", job.id).status == "queued"
+    claim = claimed(store, Stage.TRAIN)
+    assert (claim.attempt, claim.job.config) == (2, {"a": 1})
+    store.record(claim, [step(1), step(2)], run="runs/x/2", read_position=10)
+    running = store.get_job("default", job.id)
+    assert (running.status, running.progress_step, running.loss) == ("running", 2, 0.5)
+    assert running.eta_seconds == pytest.approx(0.5 * 7)
+    store.finish_train(claim, model="ft:m", path="results/x", summary={"trained_tokens": 20})
+    done = store.get_job("default", job.id)
+    assert (done.status, done.fine_tuned_model, done.trained_tokens, done.owner) == (
+        "succeeded",
+        "ft:m",
+        20,
+        None,
+    )
+    assert store.get_model("default", "ft:m").path == "results/x"
+    messages = [
+        e.message for e in store.events("default", job.id, limit=50, newest_first=False).items
+    ]
+    assert messages[0] == "Job accepted"
+    assert messages[-1] == "Succeeded: ft:m"
+
+
+def test_an_older_claim_changes_nothing(store: Store) -> None:
+    job = add_job(store)
+    old = training(store)
+    (lease,) = store.leases()
+    assert store.expire(lease, **LIMITS)
+    new = claimed(store, Stage.TRAIN, "w2")
+    before = store.get_job("default", job.id)
+    writes = [
+        lambda: store.heartbeat(old),
+        lambda: store.record(old, [step(5, loss=99.0)], run="r", read_position=1),
+        lambda: store.fail(old, ERROR),
+        lambda: store.release(old, "x"),
+        lambda: store.crash(old, ERROR, **LIMITS),
+        lambda: store.finish_train(old, model="ft:zombie", path="p", summary={}),
+    ]
+    for write in writes:
+        with pytest.raises(LeaseLost):
+            write()
+    assert store.get_job("default", job.id) == before
+    assert store.metrics("default", job.id)[1] == []
+    store.heartbeat(new)
+
+
+def test_a_lease_that_moved_is_not_taken_back(store: Store) -> None:
+    add_job(store)
+    claim = training(store)
+    (lease,) = store.leases()
+    store.heartbeat(claim)
+    assert not store.expire(lease, **LIMITS)
+
+
+def test_many_claimants_one_winner(store: Store) -> None:
+    for _ in range(5):
+        add_job(store)
+    won: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def race(name: str) -> None:
+        barrier.wait()
+        while claim := store.claim(name, Stage.PREPARE):
+            won.append(claim.job_id)
+
+    threads = [threading.Thread(target=race, args=(f"w{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 5
+    assert len(set(won)) == 5
+
+
+def test_jobs_are_claimed_oldest_first(store: Store) -> None:
+    ids = [add_job(store).id for _ in range(3)]
+    assert [claimed(store, Stage.PREPARE).job_id for _ in range(3)] == ids
+    assert store.claim("w", Stage.PREPARE) is None
+
+
+def test_the_same_key_makes_one_job(store: Store) -> None:
+    new = NewJob(request={}, model="m", training_file="f")
+    made: list[tuple[JobRecord, bool]] = []
+    threads = [
+        threading.Thread(
+            target=lambda: made.append(store.create_job("default", new, ("key", "print")))
+        )
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({job.id for job, _ in made}) == 1
+    assert sorted(replayed for _, replayed in made) == [False] + [True] * 5
+    with pytest.raises(IdempotencyMismatch, match="another body"):
+        store.create_job("default", new, ("key", "other"))
+    assert not store.create_job("elsewhere", new, ("key", "other"))[1]
+
+
+def test_cancelling_a_waiting_job_is_at_once(store: Store) -> None:
+    job = add_job(store)
+    assert store.cancel_job("default", job.id).status == "cancelled"
+    assert store.cancel_job("default", job.id).status == "cancelled"
+    assert store.claim("w", Stage.PREPARE) is None
+
+
+def test_cancelling_a_running_job_asks_its_owner(store: Store) -> None:
+    job = add_job(store)
+    claim = training(store)
+    assert store.cancel_job("default", job.id).detail_state == "cancelling"
+    assert store.heartbeat(claim) == "cancel"
+    store.release(claim, "stopped")
+    assert store.get_job("default", job.id).status == "cancelled"
+    store.create_job("default", NewJob(request={}, model="m", training_file="f"))
+
+
+def test_an_ended_job_cannot_be_cancelled(store: Store) -> None:
+    job = add_job(store)
+    store.fail(training(store), ERROR)
+    with pytest.raises(JobTerminal, match="has failed"):
+        store.cancel_job("default", job.id)
+
+
+def test_crashes_are_counted_and_pauses_are_not(store: Store) -> None:
+    job = add_job(store)
+    claim = training(store)
+    for _ in range(5):
+        store.release(claim, "worker restarts")
+        claim = claimed(store, Stage.TRAIN)
+    assert store.get_job("default", job.id).failures == 0
+    for _ in range(2):
+        store.crash(claim, ERROR, **LIMITS)
+        assert store.get_job("default", job.id).status == "queued"
+        claim = claimed(store, Stage.TRAIN)
+    store.crash(claim, ERROR, **LIMITS)
+    done = store.get_job("default", job.id)
+    assert (done.status, done.failures) == ("failed", 3)
+    assert done.error is not None
+    assert "tried 3 times" in done.error["message"]
+
+
+def test_metrics_are_written_once_whoever_tells_them(store: Store) -> None:
+    job = add_job(store)
+    claim = training(store)
+    evaluation = {
+        "seq": 1,
+        "time": 1.0,
+        "kind": "evaluation",
+        "step": 2,
+        "eval_loss": 0.4,
+        "eval_token_accuracy": 0.9,
+        "tokens": 7,
+    }
+    store.record(claim, [step(1), step(2), evaluation], run="r", read_position=1)
+    store.crash(claim, ERROR, **LIMITS)
+    again = claimed(store, Stage.TRAIN)
+    store.record(again, [step(2, loss=0.25), step(3)], run="r", read_position=1)
+    columns, rows, more = store.metrics("default", job.id)
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [row["step"] for row in table] == [1, 2, 3]
+    assert (table[1]["loss"], table[1]["eval_loss"]) == (0.25, 0.4)
+    assert not more
+    assert store.metrics("default", job.id, after_step=1, limit=1)[1][0][columns.index("step")] == 2
+
+
+def test_checkpoints_count_once_registered(store: Store) -> None:
+    job = add_job(store)
+    claim = training(store)
+    saved = {
+        "seq": 1,
+        "time": 1.0,
+        "kind": "checkpoint",
+        "path": "checkpoints/step-3",
+        "step": 3,
+        "size_bytes": 9,
+        "metrics": {},
+    }
+    store.record(
+        claim,
+        [saved, {**saved, "step": 6, "path": "checkpoints/step-6"}],
+        run="runs/j/2",
+        read_position=1,
+    )
+    store.record(claim, [{**saved, "kind": "checkpoint_deleted"}], run="runs/j/2", read_position=2)
+    page = store.checkpoints("default", job.id)
+    assert [(c.step, c.path) for c in page.items] == [(6, "runs/j/2/checkpoints/step-6")]
+    store.release(claim, "x")
+    assert [c.step for c in claimed(store, Stage.TRAIN).checkpoints] == [6]
+
+
+def test_other_projects_see_nothing(store: Store) -> None:
+    job = add_job(store)
+    store.add_file(
+        "default", NewFile(id="file-1", filename="a", purpose="fine-tune", bytes=1, sha256="x")
+    )
+    asked = [
+        lambda: store.get_job("other", job.id),
+        lambda: store.cancel_job("other", job.id),
+        lambda: store.events("other", job.id),
+        lambda: store.metrics("other", job.id),
+        lambda: store.checkpoints("other", job.id),
+        lambda: store.get_file("other", "file-1"),
+        lambda: store.delete_file("other", "file-1"),
+        lambda: store.get_model("other", "ft:m"),
+    ]
+    for ask in asked:
+        with pytest.raises(NotFound):
+            ask()
+    assert store.list_jobs("other").items == ()
+
+
+def test_lists_are_paged_by_key_newest_first(store: Store) -> None:
+    ids = [add_job(store, metadata={"n": str(i % 2)}).id for i in range(5)]
+    first = store.list_jobs("default", limit=2)
+    assert [j.id for j in first.items] == [ids[4], ids[3]]
+    assert first.has_more
+    rest = store.list_jobs("default", after=ids[3], limit=9)
+    assert ([j.id for j in rest.items], rest.has_more) == ([ids[2], ids[1], ids[0]], False)
+    assert [j.id for j in store.list_jobs("default", metadata={"n": "1"}).items] == [ids[3], ids[1]]
+    assert store.list_jobs("default", metadata={}).items == ()
+    assert store.counts_by_status("default") == {"validating_files": 5}
+    with pytest.raises(InvalidCursor):
+        store.list_jobs("default", after="ftjob-none")
+
+
+def test_a_file_is_kept_while_a_job_needs_it(store: Store) -> None:
+    store.add_file(
+        "default", NewFile(id="file-1", filename="a", purpose="fine-tune", bytes=1, sha256="x")
+    )
+    job = add_job(store)
+    with pytest.raises(FileInUse, match=job.id):
+        store.delete_file("default", "file-1")
+    store.cancel_job("default", job.id)
+    store.delete_file("default", "file-1")
+    with pytest.raises(NotFound):
+        store.get_file("default", "file-1")
+
+
+def test_a_key_is_known_by_its_secret_only(store: Store) -> None:
+    store.ensure_key("sk-sat-secret", name="a")
+    store.ensure_key("sk-sat-secret", name="a")
+    key = store.authenticate("sk-sat-secret")
+    assert key is not None
+    assert key.project == "default"
+    assert store.authenticate("sk-sat-wrong") is None
+    assert store.authenticate("") is None

@@ -1,0 +1,47 @@
+"""A child that speaks the run-folder protocol and behaves as its config.json says; it trains nothing."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+folder = Path(sys.argv[2])
+behaviour = json.loads((folder / "config.json").read_text())["behaviour"]
+if behaviour == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(10))
+log = (folder / "events.jsonl").open("w", buffering=1)
+number = 0
+
+
+def emit(kind: str, **fields: object) -> None:
+    global number  # noqa: PLW0603 - a script of one screen
+    number += 1
+    log.write(json.dumps({"seq": number, "time": time.time(), "kind": kind, **fields}) + "\n")
+
+
+for step in (1, 2, 3):
+    figures = dict.fromkeys(
+        ("loss", "token_accuracy", "learning_rate", "grad_norm", "omission_rate_mlp", "omission_rate_attention",
+         "awake_share", "tokens_per_second", "step_seconds", "flops"), 0.5,
+    )  # fmt: skip
+    emit("metrics", step=step, total_steps=3, tokens=step, memory_bytes=1, **figures)
+(folder / ".pid").write_text(str(os.getpid()))
+(folder / ".pid").rename(folder / "pid")
+if behaviour in ("hang", "deaf"):
+    time.sleep(60)
+if behaviour == "refuse":
+    emit("failed", code="dataset_invalid", message="the data are bad", param=None)
+    sys.exit(20)
+if behaviour == "crash":
+    sys.stderr.write("something broke\n")
+    sys.exit(3)
+if behaviour == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if behaviour == "succeed":
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    emit("result", path="model", summary={"trained_tokens": 3})

@@ -1,0 +1,162 @@
+"""What the runner does with every way a child may end. The child is a small program that speaks the run-folder protocol."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.queue import NullBell
+from jobs.settings import Settings
+from jobs.spec import Claim, NewFile, NewJob
+from jobs.states import Stage
+from jobs.store import Store
+from worker.runner import Runner
+from worker.sweeper import Sweeper
+from worker.tail import Tail
+
+CHILD = Path(__file__).with_name("protocol_child.py")
+PREPARED = {"config": {}, "hyperparameters": {}, "figures": {}, "total_steps": 3, "warnings": []}
+
+
+def claim_for(store: Store, settings: Settings, behaviour: str) -> Claim:
+    """A claimed training job whose child will behave so."""
+    store.add_file(
+        "default", NewFile(id="file-1", filename="d", purpose="fine-tune", bytes=1, sha256="")
+    )
+    new = NewJob(request={}, model="some/model", training_file="file-1", suffix="s")
+    store.create_job("default", new)
+    prepare = store.claim("w", Stage.PREPARE)
+    assert prepare is not None
+    store.finish_prepare(prepare, {**PREPARED, "config": {"behaviour": behaviour}})
+    claim = store.claim("w", Stage.TRAIN)
+    assert claim is not None
+    return claim
+
+
+def run(
+    store: Store, settings: Settings, claim: Claim, stopping: threading.Event | None = None
+) -> None:
+    Runner(
+        settings,
+        store,
+        claim,
+        "",
+        stopping or threading.Event(),
+        program=(sys.executable, str(CHILD)),
+    ).run()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status", "words"),
+    [
+        ("succeed", "succeeded", "Succeeded: ft:some/model:default:s:"),
+        ("refuse", "failed", "the data are bad"),
+        ("crash", "queued", "exit code 3"),
+        ("kill", "queued", "signal 9"),
+        ("silent", "queued", "exit code 0"),
+    ],
+)
+def test_each_end_of_a_child_is_written_down(
+    store: Store, quick: Settings, behaviour: str, status: str, words: str
+) -> None:
+    claim = claim_for(store, quick, behaviour)
+    run(store, quick, claim)
+    job = store.get_job("default", claim.job_id)
+    assert job.status == status
+    told = [e.message for e in store.events("default", claim.job_id, limit=50).items]
+    assert any(words in message for message in told), told
+    columns, rows, _ = store.metrics("default", claim.job_id)
+    assert [row[columns.index("step")] for row in rows] == [1, 2, 3]
+    assert job.failures == (status == "queued")
+
+
+def test_the_model_is_moved_out_of_the_run_folder(store: Store, quick: Settings) -> None:
+    claim = claim_for(store, quick, "succeed")
+    run(store, quick, claim)
+    name = store.get_job("default", claim.job_id).fine_tuned_model
+    assert name is not None
+    path = quick.data_dir / store.get_model("default", name).path
+    assert (path / "config.json").read_text() == "{}"
+
+
+def test_the_last_crash_fails_the_job_with_the_end_of_its_log(
+    store: Store, quick: Settings
+) -> None:
+    claim = claim_for(store, quick, "crash")
+    run(store, quick.model_copy(update={"max_failures": 1}), claim)
+    job = store.get_job("default", claim.job_id)
+    assert job.error is not None
+    assert "something broke" in job.error["log_excerpt"]
+
+
+def test_a_runner_that_lost_its_lease_kills_its_child_and_writes_nothing(
+    store: Store, quick: Settings
+) -> None:
+    claim = claim_for(store, quick, "hang")
+    thread = threading.Thread(target=run, args=(store, quick, claim))
+    thread.start()
+    log = quick.data_dir / "runs" / claim.job_id / str(claim.attempt) / "pid"
+    while not log.exists():
+        time.sleep(0.02)
+    lease = store.leases()[0]
+    while not store.expire(lease, max_failures=3, retry_seconds=0):
+        lease = store.leases()[0]
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not Path(f"/proc/{log.read_text()}").exists()
+    assert store.get_job("default", claim.job_id).status == "queued"
+
+
+def test_a_cancel_reaches_a_child_that_does_not_listen(store: Store, quick: Settings) -> None:
+    claim = claim_for(store, quick, "deaf")
+    thread = threading.Thread(
+        target=run, args=(store, quick.model_copy(update={"grace_seconds": 0.5}), claim)
+    )
+    thread.start()
+    store.cancel_job("default", claim.job_id)
+    thread.join(15)
+    assert store.get_job("default", claim.job_id).status == "cancelled"
+
+
+def test_a_stopping_worker_gives_its_job_back_uncounted(store: Store, quick: Settings) -> None:
+    claim = claim_for(store, quick, "hang")
+    stopping = threading.Event()
+    thread = threading.Thread(target=run, args=(store, quick, claim, stopping))
+    thread.start()
+    stopping.set()
+    thread.join(15)
+    job = store.get_job("default", claim.job_id)
+    assert (job.status, job.failures, job.owner) == ("queued", 0, None)
+
+
+def test_a_lease_is_judged_by_watching_it_stand_still(store: Store, quick: Settings) -> None:
+    claim = claim_for(store, quick, "hang")
+    sweeper = Sweeper(quick, store, NullBell())
+    until = time.monotonic() + 2 * quick.lease_seconds
+    while time.monotonic() < until:
+        store.heartbeat(claim)
+        assert sweeper.sweep() == 0
+        time.sleep(0.2)
+    until = time.monotonic() + 3 * quick.lease_seconds
+    while not sweeper.sweep():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert store.get_job("default", claim.job_id).failures == 1
+
+
+def test_an_unfinished_line_is_not_read(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    tail = Tail(log)
+    assert tail.read() == ([], 0)
+    log.write_bytes(b'{"seq": 1}\n{"seq"')
+    events, position = tail.read()
+    assert (events, position) == ([{"seq": 1}], 11)
+    tail.taken(position)
+    with log.open("ab") as file:
+        file.write(b": 2}\n" + json.dumps({"seq": 3}).encode())
+    assert tail.read()[0] == [{"seq": 2}]
