@@ -63,3 +63,17 @@ def test_vendored_files_are_what_their_list_says():
         assert (vendor / item["licence_file"]).read_text()
     named = {item[key] for item in listed for key in ("path", "licence_file")} | {"VENDOR.toml"}
     assert {entry.name for entry in vendor.iterdir()} == named
+
+
+def test_the_command_that_the_empty_page_shows_is_one_that_exists(client):
+    from typer.testing import CliRunner
+
+    from cli.main import app as command
+
+    from .conftest import KEY
+
+    page = client.get(f"/login?key={KEY}").text
+    shown = next(line for line in page.splitlines() if "satune submit" in line)
+    known = CliRunner(env={"COLUMNS": "200"}).invoke(command, ["submit", "--help"]).output
+    for word in shown.split("<code>")[1].split("</code>")[0].split():
+        assert not word.startswith("--") or word in known
