@@ -34,20 +34,25 @@ def main(argv: list[str]) -> int:
     """Install what is missing; the exit status says whether it worked."""
     if sys.version_info < (3, 11):  # noqa: UP036 - an older Python runs this line, and must be told
         return _refuse(
-            "Python 3.11 or newer is needed; this is %s at %s.\n"
-            "Name another one: make demo PYTHON=python3.12" % (platform.python_version(), sys.executable)  # noqa: UP031
+            f"Python 3.11 or newer is needed; this is {platform.python_version()} at {sys.executable}.\n"
+            "Name another one: make demo PYTHON=python3.12"
         )
     extra = argv[0] if argv else "local"
     if extra not in EXTRAS:
         return _refuse(f"unknown set {extra!r}; allowed: {', '.join(EXTRAS)}")
     os.chdir(ROOT)
-    if any(_stamp(e).is_file() and _stamp(e).read_text() == _key(e) for e in (extra, CONTAINED_IN.get(extra, extra))):
+    if any(
+        _stamp(e).is_file() and _stamp(e).read_text() == _key(e)
+        for e in (extra, CONTAINED_IN.get(extra, extra))
+    ):
         return 0
     started = time.monotonic()
     try:
         _install(extra)
     except subprocess.CalledProcessError as error:
-        return _refuse(f"this command failed with status {error.returncode}:\n  {' '.join(map(str, error.cmd))}")
+        return _refuse(
+            f"this command failed with status {error.returncode}:\n  {' '.join(map(str, error.cmd))}"
+        )
     _stamp(extra).write_text(_key(extra))
     _say(f"ready after {time.monotonic() - started:.0f} s")
     return 0
@@ -57,7 +62,11 @@ def _install(extra: str) -> None:
     uv = shutil.which("uv")
     _say(f"setting up {VENV.name} for {extra!r} with {'uv' if uv else 'pip'}; later runs skip this")
     _make_venv(uv)
-    pip = [uv, "pip", "install", "--python", str(PYTHON)] if uv else [str(PYTHON), "-m", "pip", "install"]
+    pip = (
+        [uv, "pip", "install", "--python", str(PYTHON)]
+        if uv
+        else [str(PYTHON), "-m", "pip", "install"]
+    )
     pip += ["--quiet"] if uv else ["--quiet", "--disable-pip-version-check", "--no-input"]
     if uv and os.environ.get("PIP_FIND_LINKS"):
         for place in os.environ["PIP_FIND_LINKS"].split():  # uv does not read pip's settings
@@ -74,14 +83,20 @@ def _install(extra: str) -> None:
 
 def _make_venv(uv: str | None) -> None:
     if not PYTHON.exists():
-        command = [uv, "venv", "--quiet", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
+        command = (
+            [uv, "venv", "--quiet", "--python", sys.executable]
+            if uv
+            else [sys.executable, "-m", "venv"]
+        )
         try:
             _run([*command, str(VENV)])
         except subprocess.CalledProcessError:
             shutil.rmtree(VENV, ignore_errors=True)
-            _say("no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv")
+            _say(
+                "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"
+            )
             raise
-    elif not uv and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode:
+    elif not uv and not _works([str(PYTHON), "-m", "pip", "--version"]):
         _run([str(PYTHON), "-m", "ensurepip", "--upgrade"])  # a venv that uv made has no pip
 
 
@@ -104,7 +119,7 @@ def _run_cpu_torch(pip: list[str], pin: str, *, uv: bool) -> None:
         _run([*pip, "--retries", "0", "--no-deps", "--extra-index-url", CPU_INDEX, pin])
         return
     # uv gives up when one index of several cannot be reached, so a wheel at hand is tried alone first.
-    if "--find-links" in pip and not subprocess.run([*pip, "--no-deps", "--no-index", pin], capture_output=True).returncode:
+    if "--find-links" in pip and _works([*pip, "--no-deps", "--no-index", pin]):
         return
     _run([*pip, "--no-deps", "--index", CPU_INDEX, pin])
 
@@ -123,7 +138,12 @@ def _stamp(extra: str) -> Path:
 
 
 def _key(extra: str) -> str:
-    names = (f"requirements/{extra}.lock", "requirements/constraints.txt", "pyproject.toml", "scripts/install.py")
+    names = (
+        f"requirements/{extra}.lock",
+        "requirements/constraints.txt",
+        "pyproject.toml",
+        "scripts/install.py",
+    )
     state = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names))
     state.update(f"{ROOT} {_has_nvidia()}".encode())
     return state.hexdigest()
@@ -131,6 +151,10 @@ def _key(extra: str) -> str:
 
 def _run(command: list[str]) -> None:
     subprocess.run(command, check=True)
+
+
+def _works(command: list[str]) -> bool:
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def _say(text: str) -> None:
