@@ -42,6 +42,15 @@ EVENTS_SHOWN = 30
 # Above this many rows a chart has more points than pixels.
 MAX_CHART_ROWS = 2000
 METRICS_PER_READ = 10_000
+CHART_COLUMNS = (
+    "step",
+    "loss",
+    "eval_loss",
+    "omission_rate_mlp",
+    "omission_rate_attention",
+    "tokens_per_second",
+    "learning_rate",
+)
 THEMES = ("light", "dark")
 
 pages = APIRouter(dependencies=[Depends(require_session)], include_in_schema=False)
@@ -192,10 +201,11 @@ def chart_rows(
         )
         rows += found
     kept = thin(columns, rows, MAX_CHART_ROWS)
+    drawn = [list(columns).index(name) for name in CHART_COLUMNS]
     return JSONResponse(
         {
-            "columns": list(columns),
-            "rows": finite(kept),
+            "columns": list(CHART_COLUMNS),
+            "rows": finite([[row[i] for i in drawn] for row in kept]),
             "last_step": rows[-1][step] if rows else after,
             "measured": len(rows),
             "ended": job.status in TERMINAL,

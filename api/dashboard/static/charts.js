@@ -6,8 +6,7 @@
   const box = document.getElementById("charts");
   if (!box || !window.uPlot) return;
 
-  const columns = ["step", "loss", "eval_loss", "omission_rate_mlp", "omission_rate_attention", "tokens_per_second", "learning_rate"];
-  const data = Object.fromEntries(columns.map((name) => [name, []]));
+  const data = { step: [], loss: [], eval_loss: [], omission_rate_mlp: [], omission_rate_attention: [], tokens_per_second: [], learning_rate: [] };
   let smooth = [];
   let lastStep = -1;
   let totalSteps = null;
@@ -147,8 +146,7 @@
       totalSteps = body.total_steps;
       ended = body.ended;
       plan = body.plan;
-      const at = columns.map((name) => body.columns.indexOf(name));
-      for (const row of body.rows) columns.forEach((name, i) => data[name].push(row[at[i]]));
+      for (const row of body.rows) body.columns.forEach((name, i) => data[name]?.push(row[i]));
       lastStep = body.last_step;
       if (body.rows.length || ended) redraw();
     } catch {
