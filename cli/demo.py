@@ -54,18 +54,18 @@ class Stage:
 
 
 BASE = Stage(
-    "1/3 base training, dense", 480, 6e-3, ("The for statement", "Return the"), omission_rate=None
+    "1/3 base training, dense", 420, 6e-3, ("The for statement", "Return the"), omission_rate=None
 )
 SOURCES = Stage(
     "2/3 continual pre-training on Python sources, half of the MLP channels asleep",
-    240,
+    220,
     4e-3,
     ("    def __init__(self,", "import "),
     {"mlp": 0.5, "attention": 0.0},
 )
 QUESTIONS = Stage(
     "3/3 supervised on questions and answers, half of the MLP channels and a quarter of the heads asleep",
-    320,
+    300,
     4e-3,
     ("What does json.dumps do?", "What does os.path.join do?"),
     {"mlp": 0.5, "attention": 0.25},

@@ -97,3 +97,12 @@ def test_the_next_start_takes_the_same_key_and_a_given_one_wins(tmp_path: Path):
         for key in (first, "sk-sat-chosen"):
             answer = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == 200
+
+
+def test_without_redis_on_the_path_the_bundled_broker_serves(tmp_path: Path):
+    with up(tmp_path / "data", PATH=str(tmp_path)) as service:
+        broker = service.children()["broker"]
+        assert "valkey-server" in broker.exe()
+        until(
+            lambda: "Connected to redis+socket" in (tmp_path / "data/logs/worker.log").read_text()
+        )
