@@ -40,7 +40,8 @@ def environment(settings: Settings) -> dict[str, str]:
     values |= {"SATUNE_BROKER_URL": settings.broker_url or "", "SATUNE_API_KEY": KEY}
     values["SATUNE_MODEL_ROOTS"] = os.pathsep.join(map(str, settings.model_roots))
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SATUNE_")}
-    return {**clean, **values, "PYTHONPATH": str(ROOT)}
+    # One thread a child: two threads of a tiny model on a busy machine wait for each other more than they compute.
+    return {**clean, **values, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 class Worker:

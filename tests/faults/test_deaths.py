@@ -19,7 +19,7 @@ from sat_core.plan.request import RunRequest
 from tests.sat_core.tiny import run_core, write_model, write_text
 from tests.service import Worker, eventually
 
-STEPS = 1500
+STEPS = 600
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def submit(settings: Settings, store: Store) -> str:
             "sat": {
                 "omission_rate": {"mlp": 0.5, "attention": 0.25},
                 "train": {"max_seq_len": 32, "max_steps": STEPS, "learning_rate": 1e-3},
-                "checkpoints": {"every": 50},
+                "checkpoints": {"every": 25},
                 "data": {"validation_split": 0},
             },
         }
@@ -84,13 +84,13 @@ def test_a_job_outlives_its_child_its_worker_and_a_restart(
     job_id = submit(settings, store)
 
     workers.append(Worker(settings))
-    reaches(store, job_id, 120)
+    reaches(store, job_id, 60)
     (child,) = workers[0].children()
     child.kill()
     eventually(lambda: job_of(store, job_id).failures == 1, seconds=20)
     assert workers[0].process.poll() is None, "the worker outlives its child"
 
-    reaches(store, job_id, 300)
+    reaches(store, job_id, 150)
     (orphan,) = workers[0].children()
     workers[0].kill()
     eventually(
@@ -99,7 +99,7 @@ def test_a_job_outlives_its_child_its_worker_and_a_restart(
 
     workers.append(Worker(settings))
     eventually(lambda: job_of(store, job_id).failures == 2, seconds=60)
-    reaches(store, job_id, 500)
+    reaches(store, job_id, 250)
     workers[1].stop()
     stopped = job_of(store, job_id)
     assert (stopped.status, stopped.failures, stopped.owner) == ("queued", 2, None)
@@ -123,7 +123,12 @@ def same_as_uninterrupted(settings: Settings, store: Store, job: JobRecord, tmp_
     whole = tmp_path / "whole"
     whole.mkdir()
     (whole / "config.json").write_text(json.dumps(job.config))
-    assert run_core("train", whole) == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert run_core("train", whole) == 0
+    finally:
+        torch.set_num_threads(threads)
     assert job.fine_tuned_model is not None
     model = settings.data_dir / store.get_model("default", job.fine_tuned_model).path
     ours, theirs = (
@@ -146,7 +151,7 @@ def test_cancelling_ends_the_child_and_keeps_the_checkpoint(
 ) -> None:
     job_id = submit(settings, store)
     workers.append(Worker(settings))
-    reaches(store, job_id, 60)
+    reaches(store, job_id, 30)
     store.cancel_job("default", job_id)
     eventually(lambda: job_of(store, job_id).status == "cancelled", seconds=10)
     eventually(lambda: not workers[0].children(), seconds=5)
