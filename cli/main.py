@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cli import demo as demonstration
@@ -125,14 +126,14 @@ def submit(
     err.print(
         f"{job['id']} on {client.connection.url}/jobs/{job['id']}", highlight=False, soft_wrap=True
     )
-    _finish(follow(client, job["id"], err), as_json=as_json)
+    _watch(client, job["id"], as_json=as_json)
 
 
 @app.command()
 def watch(job_id: str, data_dir: DataDir = HERE, as_json: Json = False) -> None:
     """Follow a job to its end. Ctrl-C leaves the job running."""
     client = Client(Connection.find(data_dir))
-    _finish(follow(client, job_id, err), as_json=as_json)
+    _watch(client, job_id, as_json=as_json)
 
 
 @app.command("list")
@@ -153,7 +154,7 @@ def list_jobs(
     for title in ("job", "status", "model", "progress"):
         table.add_column(title, no_wrap=title in ("job", "status"))
     for job in jobs:
-        table.add_row(job["id"], job["status"], job["model"], describe(job))
+        table.add_row(job["id"], job["status"], escape(job["model"]), escape(describe(job)))
     out.print(table)
 
 
@@ -175,7 +176,7 @@ def doctor(data_dir: DataDir = HERE, as_json: Json = False) -> None:
     else:
         for check in checks:
             out.print(
-                f"{'[green]ok[/]  ' if check.ok else '[red]bad[/] '} {check.name}: {check.found}",
+                f"{'[green]ok[/]  ' if check.ok else '[red]bad[/] '} {check.name}: {escape(check.found)}",
                 highlight=False,
             )
     if not all(check.ok for check in checks):
@@ -187,10 +188,9 @@ def main() -> None:
     try:
         app()
     except CliError as error:
-        err.print(f"[red]error[/] {error.message}", highlight=False, soft_wrap=True)
+        err.print(f"[red]error[/] {escape(error.message)}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        err.print("Left; what runs on the server goes on.")
         sys.exit(130)
 
 
@@ -202,10 +202,17 @@ def greet(connection: Connection) -> None:
 
 
 def _say(text: str) -> None:
-    err.print(f"[dim]{text}[/]", highlight=False)
+    err.print(escape(text), style="dim", highlight=False, soft_wrap=True)
 
 
-def _finish(job: dict[str, Any], *, as_json: bool) -> None:
+def _watch(client: Client, job_id: str, *, as_json: bool) -> None:
+    try:
+        job = follow(client, job_id, err)
+    except KeyboardInterrupt:
+        err.print(
+            f"Left; the job goes on. `satune watch {job_id}` comes back to it.", highlight=False
+        )
+        raise typer.Exit(130) from None
     if as_json:
         out.print_json(data=job)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -37,7 +38,7 @@ def follow(
     columns = (
         TextColumn("[bold]{task.fields[label]}[/]"),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
     )
     spoken = -PLAIN_LINE_S
@@ -58,7 +59,7 @@ def follow(
                 return job
             if not console.is_terminal and time.monotonic() - spoken > PLAIN_LINE_S:
                 spoken = time.monotonic()
-                console.print(f"{label}: {figures}", highlight=False)
+                console.print(f"{label}: {figures}", markup=False, highlight=False)
             time.sleep(POLL_S)
 
 
@@ -95,7 +96,9 @@ def describe(job: dict[str, Any]) -> str:
 def report(job: dict[str, Any], console: Console) -> None:
     """What came of a job: the held-out loss, the price beside dense, the samples, where the model lies."""
     if job["status"] == "failed":
-        console.print(f"[red]failed[/] {job['id']}: {job['error']['message']}", highlight=False)
+        console.print(
+            f"[red]failed[/] {job['id']}: {escape(job['error']['message'])}", highlight=False
+        )
         return
     found = job["report"]
     if job["status"] != "succeeded" or not found:

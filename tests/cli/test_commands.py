@@ -83,3 +83,9 @@ def test_doctor_speaks_json_on_standard_output(service: Up):
     found = {check["name"]: check for check in json.loads(done.stdout)}
     assert found["server"]["ok"]
     assert found["torch"]["ok"]
+
+
+def test_brackets_in_a_message_are_shown_and_not_taken_for_style(tmp_path: Path):
+    done = satune("list", "--data-dir", str(tmp_path / "[red]odd[/nothing]"))
+    assert done.returncode == 6
+    assert "[red]odd[/nothing]" in done.stderr
