@@ -86,7 +86,11 @@
         line("Attention, planned", "--line-2-faint", { paths: stepped, width: 1.5, dash: [6, 4], value: (_, v) => share(v) }),
       ],
       values: withPlan,
-      say: () => `${ended ? "At the end" : "Now"} ${share(last(data.omission_rate_mlp))} of MLP channels and ${share(last(data.omission_rate_attention))} of attention heads are left out (at most ${share(most(data.omission_rate_mlp))} and ${share(most(data.omission_rate_attention))}).`,
+      say: () => {
+        const dense = !plan.length && !most(data.omission_rate_mlp) && !most(data.omission_rate_attention);
+        if (dense) return "A dense run: every unit is trained at every step.";
+        return `${ended ? "At the end" : "Now"} ${share(last(data.omission_rate_mlp))} of MLP channels and ${share(last(data.omission_rate_attention))} of attention heads are left out (at most ${share(most(data.omission_rate_mlp))} and ${share(most(data.omission_rate_attention))}).`;
+      },
     },
     speed: {
       floor: true,
