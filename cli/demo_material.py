@@ -83,7 +83,7 @@ def make(data_dir: Path) -> Material:
 
 def _rows() -> dict[str, list[dict[str, Any]]]:
     """Rows of the three data sets, in an order that depends on names only."""
-    documents = [{"text": text.strip()} for text in _topics()]
+    documents = [{"text": _prose(text)} for text in _topics()]
     sources, questions, size = [], [], 0
     for path in _modules():
         try:
@@ -95,7 +95,7 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
             sources.append({"text": text})
             size += len(text)
         for name, docstring in _docstrings(tree, _dotted(path)):
-            documents.append({"text": docstring})
+            documents.append({"text": _prose(docstring)})
             answer = " ".join(docstring.split("\n\n")[0].split())
             if 20 <= len(answer) <= 200:
                 questions.append(
@@ -106,6 +106,7 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
                         ]
                     }
                 )
+    documents = [row for row in documents if row["text"]]
     return {"documents": documents, "sources": sources, "questions": questions}
 
 
@@ -113,6 +114,12 @@ def _topics() -> list[str]:
     from pydoc_data.topics import topics
 
     return [text for _, text in sorted(topics.items())]
+
+
+def _prose(text: str) -> str:
+    """Its sentences, a paragraph a line: line breaks and tables would be most of what so small a model learns."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return "\n".join(p for p in paragraphs if p[-1:] in (".", ":") and ">>>" not in p)
 
 
 def _modules() -> Iterator[Path]:
