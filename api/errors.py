@@ -171,6 +171,8 @@ def translate(error: Exception) -> ApiError:
             return ApiError("job_terminal", str(error))
         case store_errors.JobNotPausable():
             return ApiError("job_not_pausable", str(error))
+        case store_errors.StoreUnavailable():
+            return ApiError("not_ready", "The database does not answer; try again in a moment.")
         case _:
             return ApiError(
                 "internal_error",

@@ -8,7 +8,8 @@
     ├── IdempotencyMismatch (ValueError)    the key was used with another body; `.job_id`
     ├── JobTerminal (ValueError)            the job has ended; `.status`
     ├── JobNotPausable (ValueError)         pause or resume from a state that does not allow it; `.status`
-    └── LeaseLost (RuntimeError)            another attempt owns the job: stand down, write nothing
+    ├── LeaseLost (RuntimeError)            another attempt owns the job: stand down, write nothing
+    └── StoreUnavailable (ConnectionError)  the database does not answer: try again later, nothing was written
 
 The tree knows no HTTP: the edge translates. Every class takes a plain message, so that it pickles.
 """
@@ -67,3 +68,7 @@ class JobNotPausable(JobsError, ValueError):
 
 class LeaseLost(JobsError, RuntimeError):
     """A newer attempt owns the job: whoever sees this stands down and writes nothing."""
+
+
+class StoreUnavailable(JobsError, ConnectionError):
+    """The database does not answer, or gave up; nothing was written."""

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from jobs.db import writer
+from jobs.errors import StoreUnavailable
 
 
 class Transactions:
@@ -19,17 +21,26 @@ class Transactions:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A transaction that only reads."""
-        with Session(self._engine) as session:
+        """A transaction that only reads. Raises StoreUnavailable."""
+        with _translated(), Session(self._engine) as session:
             yield session
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """A transaction that commits at the end of the block, or leaves nothing."""
-        with Session(self._writer) as session, session.begin():
+        """A transaction that commits at the end of the block, or leaves nothing. Raises StoreUnavailable."""
+        with _translated(), Session(self._writer) as session, session.begin():
             yield session
 
     def ping(self) -> None:
-        """Ask the database something; raises what the driver raises where it does not answer."""
+        """Ask the database something. Raises StoreUnavailable where it does not answer."""
         with self.reading() as session:
             session.execute(text("SELECT 1"))
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Callers know the store's errors, not the driver's; a broken constraint stays what it is."""
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise StoreUnavailable(f"The database does not answer: {error.orig}") from error

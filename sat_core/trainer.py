@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sat_core import checkpoint
+from sat_core.card import model_card
 from sat_core.data.corpus import IGNORED_LABEL, Batch, Corpus
 from sat_core.data.rendering import Renderer
 from sat_core.evaluation import HeldOut, evaluate, sample
@@ -41,7 +42,7 @@ MAX_BAD_STEPS = 5
 PROBE_TOKENS = 4096
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: it was asked for
+class Stopped(Exception):
     """The run was asked to stop and has written what it needs to go on."""
 
 
@@ -140,12 +141,15 @@ class Run:
             phase = self.config.ladder.phase_at(self.counters.step)
             if phase.state != phase_state:
                 phase_state = phase.state
-                self.events.state(
-                    phase_state, f"Training at {phase.share:.0%} of the full omission rate"
-                )
+                self.events.state(phase_state, self._phase_message(phase.share))
             self._step()
             self._after_step()
         self._finish()
+
+    def _phase_message(self, share: float) -> str:
+        if not self.config.sparse:
+            return "Training dense"
+        return f"Training at {share:.0%} of the full omission rate"
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -345,7 +349,7 @@ class Run:
         shutil.rmtree(model, ignore_errors=True)
         shutil.copytree(saved / "model", model, copy_function=os.link)
         summary = self._summary()
-        (model / "README.md").write_text(_model_card(self.config, summary), "utf-8")
+        (model / "README.md").write_text(model_card(self.config, summary), "utf-8")
         self.events.emit("result", path="model", summary=summary)
 
     def _summary(self) -> dict[str, Any]:
@@ -396,7 +400,10 @@ class Run:
     def _last_figures(self) -> dict[str, float]:
         figures = {"loss": self.last_loss} if self.last_loss is not None else {}
         if self.last_eval:
-            figures |= {"eval_loss": self.last_eval.loss, "eval_token_accuracy": self.last_eval.token_accuracy}
+            figures |= {
+                "eval_loss": self.last_eval.loss,
+                "eval_token_accuracy": self.last_eval.token_accuracy,
+            }
         return figures
 
     def _leave_if_asked(self) -> None:
@@ -445,29 +452,3 @@ def train(
         PlanError: for what the person who asked can mend.
     """
     Run(folder, config, events, stopping).train()
-
-
-def _model_card(config: TrainConfig, summary: dict[str, Any]) -> str:
-    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    measured = f"{before:.4f} before, {after:.4f} after" if before and after else "not measured"
-    return f"""---
-base_model: {config.model_name}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [satune, sparsity-accelerated-training]
----
-# {config.model_name}, fine-tuned by Satune
-
-A plain dense model. It was trained with Sparsity-Accelerated Training (Ma et al., arXiv 2406.01392): in the middle of
-the run a share of the MLP channels and attention heads slept, at the end all were awake.
-The base model's licence applies to it.
-
-| | |
-|---|---|
-| base model | {config.model_name} {config.model_revision or ""} |
-| steps, tokens | {summary["steps"]}, {summary["trained_tokens"]} |
-| mean omission rate, MLP / attention | {summary["mean_omission_rate_mlp"]:.3f} / {summary["mean_omission_rate_attention"]:.3f} |
-| held-out loss | {measured} |
-| FLOPs, share of dense | {summary["flops"] / summary["dense_flops"]:.3f} |
-| learning rate, batch, seed | {config.learning_rate:g}, {config.batch_size}, {config.seed} |
-"""

@@ -13,8 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from sqlalchemy.exc import DBAPIError
-
+from jobs.errors import StoreUnavailable
 from jobs.queue import Bell
 from jobs.settings import Settings
 from jobs.spec import Claim
@@ -70,8 +69,8 @@ class Host:
     def _claim(self, stage: Stage) -> Claim | None:
         try:
             return self.store.claim(self.id, stage)
-        except DBAPIError as error:
-            log.warning("The database is away: %s", error.orig)
+        except StoreUnavailable as error:
+            log.warning("%s", error)
             return None
 
     def _launch(self, claim: Claim, slot: Slot) -> None:
@@ -117,7 +116,7 @@ class Host:
         """Do it; a database that is away is logged, and the next round tries again."""
         try:
             action()
-        except DBAPIError as error:
-            log.warning("The database is away: %s", error.orig)
+        except StoreUnavailable as error:
+            log.warning("%s", error)
             return False
         return True

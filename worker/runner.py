@@ -15,10 +15,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError
-
 from jobs.artifacts import Artifacts
-from jobs.errors import LeaseLost, NotFound
+from jobs.errors import LeaseLost, NotFound, StoreUnavailable
 from jobs.settings import Settings
 from jobs.spec import Claim
 from jobs.states import Desired, Stage
@@ -134,8 +132,8 @@ class Runner:
                 desired = self.store.heartbeat(self.claim)
             self._beat_at = now
             return desired
-        except DBAPIError as error:
-            log.warning("The database is away, training goes on: %s", error.orig)
+        except StoreUnavailable as error:
+            log.warning("%s; training goes on", error)
             time.sleep(1)
             return Desired.RUN
 
@@ -161,10 +159,8 @@ class Runner:
             try:
                 self._write_end(child, code)
                 return
-            except DBAPIError as error:
-                log.warning(
-                    "The database is away, the end of %s waits: %s", self.claim.job_id, error.orig
-                )
+            except StoreUnavailable as error:
+                log.warning("The end of %s waits: %s", self.claim.job_id, error)
                 time.sleep(1)
 
     def _write_end(self, child: Child, code: int) -> None:

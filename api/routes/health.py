@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from api.deps import App
 from api.errors import ApiError
 from api.schemas.problems import answers
+from jobs.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])
@@ -39,8 +40,7 @@ def readyz(app: App) -> Health:
     """The database answers too."""
     try:
         app.store.ping()
-    except Exception as error:
-        # Whatever the driver raises, the answer is the same: not ready.
+    except StoreUnavailable as error:
         log.warning("Not ready: %s", error)
         raise ApiError("not_ready", "The database does not answer.") from error
     return Health()

@@ -49,6 +49,8 @@ class FileReport:
         if self.ok:
             return f"{filename}: {self.rows} rows of format {self.format}."
         first = self.problems[0]
+        if first.code == "empty_file":
+            return f"{filename}: {first.message}."
         place = f"line {first.line}{', ' + first.pointer if first.pointer else ''}"
         return f"{filename}: {self.problem_count} unusable rows (first: {place}: {first.message})"
 
