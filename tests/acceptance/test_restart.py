@@ -14,7 +14,7 @@ from tests.cli.running import Up, until, up
 if TYPE_CHECKING:
     from pathlib import Path
 
-STEPS = 150
+STEPS = 90
 
 
 def ask(service: Up, path: str) -> dict:
