@@ -139,7 +139,7 @@ class Store(Library, Reads):
                 session,
                 row,
                 "starting",
-                f"Attempt {row.attempt}: worker {worker_id} starts to {stage}",
+                f"Worker {worker_id} starts to {stage}",
             )
             session.flush()
             found = session.scalars(

@@ -73,6 +73,9 @@ def save_dense(folder: Path, sparsity: Sparsity, tokenizer: Any) -> None:
     """Write the merged dense model and its tokenizer as a Hugging Face folder."""
     sparsity.model.save_pretrained(folder, state_dict=sparsity.dense_state_dict())
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        # safetensors writes for its owner alone; a model is read by other tools, often as another user.
+        path.chmod(0o644)
 
 
 def verify(folder: Path) -> dict[str, Any]:

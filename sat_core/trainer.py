@@ -147,7 +147,7 @@ class Run:
         self._finish()
 
     def _phase_message(self, share: float) -> str:
-        if not self.config.sparse:
+        if share == 0:
             return "Training dense"
         return f"Training at {share:.0%} of the full omission rate"
 
