@@ -21,7 +21,7 @@ from jobs.models import AttemptRow, CheckpointRow, IdempotencyRow, JobRow, Model
 from jobs.reads import Reads, find_job, job_record
 from jobs.recording import add_event, apply
 from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewJob, WorkerRecord, new_id
-from jobs.states import HELD, TERMINAL, WAITING, Desired, Stage, Status
+from jobs.states import HELD, TERMINAL, WAITING, Desired, Stage, Status, allowed
 
 
 class Store(Library, Reads):
@@ -124,7 +124,7 @@ class Store(Library, Reads):
             if row is None:
                 return None
             row.owner, row.attempt, row.heartbeat_seq = worker_id, row.attempt + 1, 0
-            row.status = HELD[stage]
+            _move(row, HELD[stage])
             row.started_at = row.started_at or now
             session.add(
                 AttemptRow(
@@ -197,7 +197,8 @@ class Store(Library, Reads):
             if row.desired == Desired.CANCEL:
                 _end(session, row, Status.CANCELLED, "by_user", "Cancelled")
                 return
-            row.owner, row.status = None, Status.QUEUED
+            row.owner = None
+            _move(row, Status.QUEUED)
             _tell(session, row, "waiting_for_gpu", "Waiting for a free slot to train in")
 
     def finish_train(self, claim: Claim, *, model: str, path: str, summary: dict[str, Any]) -> None:
@@ -373,6 +374,13 @@ def _replayed(session: Session, project: str, key: str, fingerprint: str) -> str
     return row.job_id
 
 
+def _move(row: JobRow, target: Status) -> None:
+    """The only place where a status changes, by the table of `jobs.states`."""
+    if not allowed(Status(row.status), target):
+        raise AssertionError(f"{row.id}: {row.status} to {target} is no transition")
+    row.status = target
+
+
 def _locked(session: Session, row: JobRow) -> JobRow:
     session.refresh(row, with_for_update=True)
     return row
@@ -387,7 +395,8 @@ def _tell(session: Session, row: JobRow, state: str, message: str, *, level: str
 def _end(
     session: Session, row: JobRow, status: Status, state: str, message: str, *, level: str = "info"
 ) -> None:
-    row.status, row.owner, row.finished_at, row.eta_seconds = status, None, time.time(), None
+    _move(row, status)
+    row.owner, row.finished_at, row.eta_seconds = None, time.time(), None
     _tell(session, row, state, message, level=level)
 
 
@@ -400,7 +409,8 @@ def _give_back(session: Session, row: JobRow, stage: Stage, reason: str, *, leve
     if row.desired == Desired.CANCEL:
         _end(session, row, Status.CANCELLED, "by_user", "Cancelled")
         return
-    row.owner, row.status, row.eta_seconds = None, WAITING[stage], None
+    row.owner, row.eta_seconds = None, None
+    _move(row, WAITING[stage])
     _tell(session, row, "retrying", reason, level=level)
 
 
