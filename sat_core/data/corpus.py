@@ -32,11 +32,14 @@ class Batch(NamedTuple):
         input_ids_BT: int64 [B, T].
         labels_BT: int64 [B, T], each position's own token, or -100 where it carries no loss.
         lengths_B: int64 [B], tokens before the padding.
+        positions_BT: int64 [B, T], restarting at each document and at the padding, so that attention can be kept inside
+            a document; None where every sequence is one document or documents may see each other.
     """
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     lengths_B: Tensor
+    positions_BT: Tensor | None = None
 
 
 class Corpus:
