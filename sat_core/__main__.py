@@ -1,4 +1,4 @@
-"""`python -P -m sat_core prepare|train RUN_FOLDER`: the core as a program.
+"""`python -P -m sat_core prepare|preview|train RUN_FOLDER`: the core as a program.
 
 It reads RUN_FOLDER/config.json and writes nothing outside that folder but the shared corpus. Exit codes: 0 done, 10 stopped
 on SIGTERM with a checkpoint written, 20 failed for a reason that the last event tells; anything else is a crash.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sat_core.events import EventLog
-from sat_core.plan.config import PREPARE_FORMAT, PREPARED_FORMAT, TrainConfig
+from sat_core.plan.config import TrainConfig
 from sat_core.plan.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sat_core", description="Sparsity-Accelerated Training of one model."
     )
-    parser.add_argument("command", choices=["prepare", "train"])
+    parser.add_argument("command", choices=["prepare", "preview", "train"])
     parser.add_argument("folder", type=Path, help="run folder that holds config.json")
     parser.add_argument("--lifeline", action="store_true", help="exit when standard input closes")
     args = parser.parse_args(argv)
@@ -60,8 +60,10 @@ def _run(command: str, folder: Path, events: EventLog, stopping: Callable[[], bo
         config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}/config.json cannot be read: {error}", "config") from error
-    if command == "prepare":
-        _prepare(folder, config, events)
+    if command != "train":
+        from sat_core.data import program
+
+        (program.prepare if command == "prepare" else program.show)(folder, config, events)
         return DONE
     return _train(folder, TrainConfig.from_dict(config), events, stopping)
 
@@ -87,62 +89,6 @@ def _train(
             "out_of_memory",
         ) from error
     return DONE
-
-
-def _prepare(folder: Path, config: dict[str, Any], events: EventLog) -> None:
-    from sat_core.data.preparing import Preparation, Source
-    from sat_core.data.tokenizer import hub_revision, load_tokenizer, model_config
-    from sat_core.plan.families import shape_of
-    from sat_core.plan.request import RunRequest
-    from sat_core.plan.resolve import check_mode, max_seq_len, resolve
-
-    if config.get("format") != PREPARE_FORMAT:
-        raise ConfigError(
-            f"config.json has format {config.get('format')!r}; this program reads {PREPARE_FORMAT!r}."
-        )
-    request = RunRequest.from_dict(config["request"])
-    check_mode(request)
-    model = config["model"]
-    source = model["path"] or model["name"]
-    revision = model["revision"] or (None if model["path"] else hub_revision(model["name"]))
-    events.state("checking_dataset", f"Reading {config['training_file']['filename']}")
-    shape = shape_of(model_config(source, revision=revision))
-    tokenizer = load_tokenizer(source, revision=revision)
-    held = config["validation_file"]
-    events.state("tokenizing", "Rendering, masking and tokenising")
-    corpus, figures = Preparation(
-        tokenizer=tokenizer,
-        training=_source(Source, config["training_file"]),
-        validation=_source(Source, held) if held else None,
-        declared_format=request.sat.data.format,
-        train_on=request.sat.train.train_on,
-        validation_split=request.sat.data.validation_split,
-        seq_len_for=lambda packed: max_seq_len(request, shape, packed=packed),
-        progress=lambda rows: events.emit("progress", done=rows, total=None, unit="rows"),
-    ).run(Path(config["corpora_dir"]))
-    resolved = resolve(
-        request,
-        shape,
-        figures,
-        model_path=model["path"],
-        revision=revision,
-        corpus=str(corpus),
-    )
-    prepared = {
-        "format": PREPARED_FORMAT,
-        "config": resolved.config.to_dict(),
-        "hyperparameters": resolved.hyperparameters,
-        "total_steps": resolved.config.total_steps,
-        "figures": figures,
-        "warnings": list(resolved.warnings),
-    }
-    scratch = folder / ".train.json"
-    scratch.write_text(json.dumps(prepared, indent=1), "utf-8")
-    scratch.rename(folder / "train.json")
-
-
-def _source(kind: Any, file: dict[str, str]) -> Any:
-    return kind(path=Path(file["path"]), filename=file["filename"])
 
 
 def _hold_lifeline() -> None:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sat_core.data.packing import FIRST, TRAINED
 from sat_core.data.writing import CORPUS_FORMAT
 from sat_core.plan.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 IGNORED_LABEL = -100
@@ -41,6 +42,17 @@ class Batch(NamedTuple):
     lengths_B: Tensor
     positions_BT: Tensor | None = None
 
+    def rows(self, first: int, end: int) -> Batch:
+        """Sequences [first, end) as a batch."""
+        return self.map(lambda tensor: tensor[first:end])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A batch of changed tensors."""
+        positions = None if self.positions_BT is None else change(self.positions_BT)
+        return Batch(
+            change(self.input_ids_BT), change(self.labels_BT), change(self.lengths_B), positions
+        )
+
 
 class Corpus:
     """One split of a prepared corpus."""
@@ -57,6 +69,7 @@ class Corpus:
                 f"The corpus has format {meta.get('format')!r}; this program reads {CORPUS_FORMAT!r}."
             )
         self.meta: dict[str, Any] = meta
+        self._separate = meta["figures"]["packing"] == "separate"
         self.offsets = np.load(folder / f"{split}.offsets.npy")
         self._ids = self._open(folder / f"{split}.tokens.bin", np.uint32)
         self._mask = self._open(folder / f"{split}.mask.bin", np.uint8)
@@ -74,14 +87,19 @@ class Corpus:
         width = -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
         ids = np.zeros((len(indices), width), dtype=np.int64)
         labels = np.full((len(indices), width), IGNORED_LABEL, dtype=np.int64)
+        starts = np.zeros((len(indices), width), dtype=bool)
         for row, (i, length) in enumerate(zip(indices, lengths, strict=True)):
             span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
-            ids[row, :length] = self._ids[span]
-            labels[row, :length] = np.where(
-                self._mask[span] > 0, self._ids[span].astype(np.int64), IGNORED_LABEL
-            )
-        tensors = (torch.from_numpy(ids), torch.from_numpy(labels), torch.tensor(lengths))
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors))
+            tokens, mask = self._ids[span].astype(np.int64), self._mask[span]
+            ids[row, :length] = tokens
+            labels[row, :length] = np.where(mask == TRAINED, tokens, IGNORED_LABEL)
+            starts[row, :length] = mask & FIRST
+            starts[row, length:][:1] = True
+        positions = _positions(starts) if self._separate else None
+        batch = Batch(
+            torch.from_numpy(ids), torch.from_numpy(labels), torch.tensor(lengths), positions
+        )
+        return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def indices_at(self, step: int, batch_size: int, seed: int) -> list[int]:
         """Sequences of 0-based `step`: an endless stream of seeded permutations, cut into batches."""
@@ -99,3 +117,9 @@ class Corpus:
     @lru_cache(maxsize=2)  # noqa: B019 - two epochs of one corpus, which lives as long as the run
     def _order(self, seed: int, epoch: int) -> list[int]:
         return list(map(int, np.random.default_rng([seed, epoch]).permutation(len(self))))
+
+
+def _positions(starts: np.ndarray[Any, Any]) -> Tensor:
+    """Distance of each token from the last start at or before it; int64 [B, T] from bool [B, T]."""
+    here = np.arange(starts.shape[1], dtype=np.int64)
+    return torch.from_numpy(here - np.maximum.accumulate(np.where(starts, here, 0), axis=1))

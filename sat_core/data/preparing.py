@@ -1,44 +1,53 @@
 """`prepare`: render, mask and tokenise data files into a corpus, once per (data, tokenizer, settings).
 
 The folder's name is the hash of all that decides its content, so a second attempt or a second job on the same data finds
-it ready. Text is packed: documents follow each other with an end token between them and are cut into full sequences.
-Supervised rows stay one sequence each.
+it ready. Files that are mixed in follow the job's own file in the same corpus, because the order of training is a
+permutation anyway; what is held out comes from the job's own file alone, so that the loss on it means one thing
+whatever is mixed in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sat_core.data.reading import read_rows, sha256_of
-from sat_core.data.rendering import Rendered, Renderer
+from sat_core.data.intake import Intake, Settings, copies, new_marks, overlap
+from sat_core.data.rendering import Renderer
 from sat_core.data.writing import CORPUS_FORMAT, SplitWriter
 from sat_core.plan.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from array import array
+    from collections.abc import Callable
+
+    from sat_core.data.sources import Source
 
 DEFAULT_VALIDATION_SPLIT = 0.05
 MAX_CARVED_SEQUENCES = 200
-_NOTHING: dict[str, Any] = {"rows": 0, "truncated_rows": 0, "untrained_rows": 0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A data file and the name it was given by its owner (the name decides how it is read)."""
-
-    path: Path
-    filename: str
 
 
 @dataclass
 class Preparation:
-    """One corpus in the making; `seq_len_for(packed)` gives the tokens in a sequence once the format is known."""
+    """One corpus in the making.
+
+    Attributes:
+        tokenizer: of the model.
+        training, validation: the job's own file, and what is held out (None carves it from the former).
+        declared_format: of these two, or "auto".
+        train_on: "assistant" or "all".
+        validation_split: share of sequences to hold out; None is .05.
+        seq_len_for: tokens in a sequence, given whether the file is packed.
+        progress: told the rows done so far.
+        mixes: files to mix in, each with a weight.
+        packing: "auto", "none", "joined" or "separate".
+        seed: chooses the rows of a mixed file that is not used whole.
+    """
 
     tokenizer: Any
     training: Source
@@ -48,7 +57,9 @@ class Preparation:
     validation_split: float | None
     seq_len_for: Callable[[bool], int]
     progress: Callable[[int], None]
-    figures: dict[str, Any] = field(default_factory=dict)
+    mixes: tuple[Source, ...] = ()
+    packing: str = "auto"
+    seed: int = 0
 
     def run(self, corpora: Path) -> tuple[Path, dict[str, Any]]:
         """The corpus folder and its figures, made now or found ready.
@@ -71,69 +82,116 @@ class Preparation:
         return folder, json.loads((folder / "corpus.json").read_text("utf-8"))["figures"]
 
     def _key(self, renderer: Renderer) -> str:
-        backend = self.tokenizer.backend_tokenizer.to_str()
+        sources = [self.training, self.validation, *self.mixes]
         parts = [
             CORPUS_FORMAT,
-            sha256_of(self.training.path),
-            sha256_of(self.validation.path) if self.validation else "",
-            Path(self.training.filename).suffix,
-            hashlib.sha256(backend.encode()).hexdigest(),
+            [(s.fingerprint, s.filename, s.weight) for s in sources if s is not None],
+            self.validation is None,
+            hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             str(renderer.tokenizer.chat_template),
-            str(self.tokenizer.eos_token_id),
-            self.declared_format,
-            self.train_on,
-            str(self.validation_split),
-            f"{self.seq_len_for(True)} {self.seq_len_for(False)}",
+            self.tokenizer.eos_token_id,
+            (self.declared_format, self.train_on, self.validation_split, self.packing),
+            (self.seq_len_for(True), self.seq_len_for(False)),
+            self.seed if self.mixes else None,
         ]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _write(self, folder: Path, renderer: Renderer) -> None:
-        figures = {**_NOTHING, "carved": self.validation is None}
-        split = DEFAULT_VALIDATION_SPLIT if self.validation_split is None else self.validation_split
-        every = round(1 / split) if self.validation is None and split > 0 else 0
+        settings = Settings(renderer, self.packing, self.seq_len_for, self.progress)
+        trained, kept_out = new_marks(), new_marks()
         with SplitWriter(folder, "train") as train, SplitWriter(folder, "validation") as held:
-            for number, sequence in enumerate(self._sequences(self.training, renderer, figures)):
-                carve = (
-                    every and number % every == every - 1 and held.sequences < MAX_CARVED_SEQUENCES
-                )
-                (held if carve else train).add(sequence)
+            main = Intake(self.training, settings, declared=self.declared_format)
+            self._split(main, train, held, trained, kept_out)
+            if train.trained_tokens == 0:
+                raise _untrained(main)
+            duplicates = copies(trained, kept_out)
+            files = [main.figures("training", train.totals())]
+            for number in range(len(self.mixes)):
+                files.append(self._mix(number, settings, train, files[0]["sequences"], trained))
             if self.validation is not None:
-                for sequence in self._sequences(self.validation, renderer, {**_NOTHING}):
+                second = Intake(self.validation, settings, declared=self.declared_format)
+                for sequence in second.sequences(kept_out):
                     held.add(sequence)
-            figures |= train.finish()
-            figures["validation"] = held.finish()
-        if figures["trained_tokens"] == 0:
-            raise DataError(
-                f"{self.training.filename}: not one token of {figures['rows']} rows would be trained on. Either every "
-                "answer is cut off by sat.train.max_seq_len, or the file is empty."
-            )
+                if held.trained_tokens == 0:
+                    raise _untrained(second)
+                files.append(second.figures("validation", held.totals()))
+            # A sequence carved from joined text holds pieces of rows, so there is no row to look for on the other side.
+            unknown = self.validation is None and main.packing == "joined"
+            figures = {
+                **main.tally.figures(),
+                "format": main.format,
+                "packed": main.packing != "none",
+                "packing": main.packing,
+                "seq_len": main.seq_len,
+                "carved": self.validation is None,
+                "duplicate_rows": duplicates,
+                "overlap_rows": None if unknown else overlap(trained, kept_out),
+                **train.finish(),
+                "validation": held.finish(),
+                "files": files,
+            }
         (folder / "corpus.json").write_text(
             json.dumps({"format": CORPUS_FORMAT, "figures": figures}, indent=1), "utf-8"
         )
 
-    def _sequences(
-        self, source: Source, renderer: Renderer, figures: dict[str, Any]
-    ) -> Iterator[Rendered]:
-        packer: list[int] = []
-        for format, row in read_rows(source.path, source.filename, self.declared_format):
-            figures["rows"] += 1
-            packed = format == "text"
-            seq_len = self.seq_len_for(packed)
-            figures |= {"format": format, "packed": packed, "seq_len": seq_len}
-            rendered = renderer.render(format, row)
-            if figures["rows"] % 200 == 0:
-                self.progress(figures["rows"])
-            if packed:
-                packer += rendered.ids
-                while len(packer) >= seq_len:
-                    yield Rendered(packer[:seq_len], [True] * seq_len)
-                    del packer[:seq_len]
-                continue
-            figures["truncated_rows"] += len(rendered.ids) > seq_len
-            cut = Rendered(rendered.ids[:seq_len], rendered.trained[:seq_len])
-            if any(cut.trained[1:]):
-                yield cut
-            else:
-                figures["untrained_rows"] += 1
-        if len(packer) > 1:
-            yield Rendered(packer, [True] * len(packer))
+    def _split(
+        self,
+        main: Intake,
+        train: SplitWriter,
+        held: SplitWriter,
+        trained: array[int],
+        kept_out: array[int],
+    ) -> None:
+        """The job's own file to both splits: by sequences where text is joined, else by rows."""
+        split = DEFAULT_VALIDATION_SPLIT if self.validation_split is None else self.validation_split
+        every = round(1 / split) if self.validation is None and split > 0 else 0
+
+        def carved(number: int) -> bool:
+            return (
+                every > 0 and number % every == every - 1 and held.sequences < MAX_CARVED_SEQUENCES
+            )
+
+        if main.packing == "joined":
+            for number, sequence in enumerate(main.sequences(trained)):
+                (held if carved(number) else train).add(sequence)
+            return
+        sides = (train, main.packer(), trained), (held, main.packer(), kept_out)
+        for number, (mark, parts) in enumerate(main.rows()):
+            writer, packer, marks = sides[carved(number)]
+            marks.append(mark)
+            for sequence in itertools.chain.from_iterable(map(packer.add, parts)):
+                writer.add(sequence)
+        for writer, packer, _ in sides:
+            for sequence in packer.finish():
+                writer.add(sequence)
+
+    def _mix(
+        self, number: int, settings: Settings, train: SplitWriter, own: int, trained: array[int]
+    ) -> dict[str, Any]:
+        """Sequences of one more file, as many as its weight asks for: a short file is read again, a long one left early."""
+        source = self.mixes[number]
+        before = train.totals()
+        end = train.sequences + max(1, round((source.weight or 0.0) * own))
+        first = intake = Intake(source, settings, order=(self.seed, number, 1))
+        marks = trained
+        for reading in itertools.count(1):
+            start = train.sequences
+            for sequence in itertools.islice(intake.sequences(marks), end - start):
+                train.add(sequence)
+            if train.sequences == start:
+                raise _untrained(intake)
+            if train.sequences == end:
+                break
+            intake = Intake(source, settings, order=(self.seed, number, reading + 1))
+            marks = new_marks()
+        written = {name: total - before[name] for name, total in train.totals().items()}
+        if not written["trained_tokens"]:
+            raise _untrained(first)
+        return first.figures("mix", {**written, "readings": reading})
+
+
+def _untrained(intake: Intake) -> DataError:
+    return DataError(
+        f"{intake.source.filename}: not one token of {intake.tally.rows} rows would be trained on. Either every answer "
+        "is cut off by sat.train.max_seq_len, or the file is empty."
+    )

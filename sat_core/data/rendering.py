@@ -3,22 +3,33 @@
 The tokenizer's own chat template is used; a base model without one gets `PLAIN_TEMPLATE`, which is saved with the result.
 The mask comes from the template's generation marks where it has them, else from rendering prefixes: the text an
 assistant's turn adds is trained, and a template in which a prefix is not rendered as the start of the whole is refused,
-because any mask made from it would be a guess.
+because any mask made from it would be a guess. A template is a program of strangers: its output is bounded, and one
+that drops tool calls is refused, because what should be learned would be missing.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any, NamedTuple
 
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
 from sat_core.plan.errors import DataError
+from sat_core.plan.rows import Conversation, Text
 
 PLAIN_TEMPLATE = (
+    "{% if tools %}{{ '### Tools:\n' + (tools | tojson) + '\n\n' }}{% endif %}"
     "{% for message in messages %}{{ '### ' + message['role'].capitalize() + ':\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}"
     "{% if eos_token %}{{ eos_token }}{% endif %}{{ '\n' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
 )
+# A template may write this many characters of its own, and this many times what it was given.
+TEMPLATE_CHARS = 2**20
+TEMPLATE_EXPANSION = 16
 
 
 class Rendered(NamedTuple):
@@ -37,94 +48,150 @@ class Renderer:
         self.default_template = not getattr(tokenizer, "chat_template", None)
         if self.default_template:
             tokenizer.chat_template = PLAIN_TEMPLATE
-        self._marked = "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(
-            tokenizer.chat_template
-        )
+        template = str(tokenizer.chat_template)
+        self._marked = re.search(r"\{%-?\s*generation\b", template) is not None
+        self._knows_developer = "developer" in template
+        self._bounded = False
 
-    def render(self, format: str, row: dict[str, Any]) -> Rendered:
-        """Tokens of one row of a known format.
+    def render(self, content: Text | Conversation) -> Rendered:
+        """Tokens of one row.
 
         Raises:
-            DataError: where the chat template fails, or allows no exact mask.
+            DataError: where the chat template fails, writes without bound, or allows no exact mask.
         """
-        if format == "text":
-            return self._text(row["text"])
-        if format == "prompt_completion":
-            return self._masked(
-                row["prompt"] + row["completion"],
-                [(len(row["prompt"]), None)],
-                add_special_tokens=True,
-            )
-        if format == "alpaca":
-            asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-            row = {
-                "messages": [
-                    {"role": "user", "content": asked},
-                    {"role": "assistant", "content": row["output"]},
-                ]
-            }
-        return self._messages(row["messages"], row.get("tools"))
-
-    def _text(self, text: str) -> Rendered:
-        ids = self._with_end(
-            self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        if isinstance(content, Conversation):
+            return self._conversation(content)
+        if not content.prompt:
+            encoded = self.tokenizer(content.completion, add_special_tokens=True, verbose=False)
+            ids = self._with_end(encoded["input_ids"])
+            return Rendered(ids, [True] * len(ids))
+        rendered = self._masked(
+            content.prompt + content.completion,
+            [(len(content.prompt), len(content.prompt) + len(content.completion))],
+            add_special_tokens=True,
         )
-        return Rendered(ids, [True] * len(ids))
+        ids = self._with_end(rendered.ids)
+        return Rendered(ids, rendered.trained + [True] * (len(ids) - len(rendered.ids)))
 
-    def _messages(self, messages: list[dict[str, Any]], tools: Any) -> Rendered:
+    def _conversation(self, content: Conversation) -> Rendered:
+        messages, trained, tools = content
+        if not self._knows_developer:
+            messages = [
+                {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
+            ]
+        whole = self._apply(messages, tools)
+        for call in (c["function"]["name"] for m in messages for c in m.get("tool_calls", ())):
+            if call not in whole:
+                raise DataError(
+                    f"The model's chat template does not render tool calls (that of {call!r:.60} is missing), so they "
+                    "cannot be trained on. Use a model whose template does."
+                )
+        if self.train_on == "all":
+            return self._masked(whole, [(0, len(whole))], add_special_tokens=False)
         if self._marked:
-            encoded = self._apply(
-                messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, mask = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
-            return Rendered(ids, mask if self.train_on == "assistant" else [True] * len(ids))
-        whole = self._apply(messages, tools, tokenize=False)
-        spans: list[tuple[int, int | None]] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = (
-                self._apply(messages[:i], tools, tokenize=False, add_generation_prompt=True)
-                if i
-                else ""
-            )
-            after = self._apply(messages[: i + 1], tools, tokenize=False)
+            return self._by_marks(messages, trained, tools)
+        spans = []
+        for i in (i for i, flag in enumerate(trained) if flag):
+            before = self._apply(messages[:i], tools, add_generation_prompt=True) if i else ""
+            after = self._apply(messages[: i + 1], tools)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
                     "The chat template renders the start of a conversation differently from the whole, so no exact loss "
                     "mask can be made. Use a template with {% generation %} marks, or sat.train.train_on: all."
-                    if self.train_on == "assistant"
-                    else "The chat template changes earlier turns."
                 )
             spans.append((len(before), len(after)))
         return self._masked(whole, spans, add_special_tokens=False)
 
-    def _apply(self, messages: list[dict[str, Any]], tools: Any, **kwargs: Any) -> Any:
+    def _by_marks(
+        self, messages: list[dict[str, Any]], trained: list[bool], tools: Any
+    ) -> Rendered:
+        """The template's own mask, less the turns of weight 0: each run of marked tokens is one assistant's turn."""
+        encoded = self._call(
+            messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
+        wanted = [
+            flag for m, flag in zip(messages, trained, strict=True) if m["role"] == "assistant"
+        ]
+        if all(wanted):
+            return Rendered(ids, mask)
+        starts = [i for i, m in enumerate(mask) if m and not (i and mask[i - 1])]
+        if len(starts) != len(wanted):
+            raise DataError(
+                f"A conversation has {len(wanted)} turns of the assistant, of which the chat template marks "
+                f"{len(starts)}, so the turns of weight 0 cannot be told from the others."
+            )
+        for start, flag in zip(starts, wanted, strict=True):
+            for i in range(start, len(mask)):
+                if not mask[i]:
+                    break
+                mask[i] = flag
+        return Rendered(ids, mask)
+
+    def _apply(
+        self, messages: list[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = False
+    ) -> str:
+        given = len(json.dumps([messages, tools], ensure_ascii=False))
+        bound = TEMPLATE_CHARS + TEMPLATE_EXPANSION * given
+        if not self._bounded:
+            self._dry_run(messages, tools, bound)
+        text = str(
+            self._call(messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+        _refuse_flood(len(text), bound)
+        return text
+
+    def _dry_run(self, messages: list[dict[str, Any]], tools: Any, bound: int) -> None:
+        """Render the first row piece by piece, to find a template that never ends while memory still lasts."""
+        self._bounded = True
+        try:
+            template = _compile_jinja_template(self.tokenizer.get_chat_template(tools=tools))
+            written = 0
+            for piece in template.generate(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=False,
+                **self.tokenizer.special_tokens_map,
+            ):
+                written += len(piece)
+                _refuse_flood(written, bound)
+        except DataError:
+            raise
+        except Exception as error:
+            raise _failed(error) from error
+
+    def _call(self, messages: list[dict[str, Any]], tools: Any, **kwargs: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **kwargs)
         except Exception as error:
-            raise DataError(
-                f"The model's chat template failed: {type(error).__name__}: {error}"
-            ) from error
+            raise _failed(error) from error
 
     def _masked(
-        self, text: str, spans: list[tuple[int, int | None]], *, add_special_tokens: bool
+        self, text: str, spans: list[tuple[int, int]], *, add_special_tokens: bool
     ) -> Rendered:
         """Tokenise once; a token is trained when it starts inside a span of characters."""
         encoded = self.tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
         )
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        ends = [(a, len(text) if b is None else b) for a, b in spans]
         trained = [
-            self.train_on == "all" or (end > start and any(a <= start < b for a, b in ends))
-            for start, end in offsets
+            self.train_on == "all" or (end > start and any(a <= start < b for a, b in spans))
+            for start, end in encoded["offset_mapping"]
         ]
-        if spans and spans[-1][1] is None:
-            ids = self._with_end(ids)
-            trained += [True] * (len(ids) - len(trained))
-        return Rendered(ids, trained)
+        return Rendered(list(encoded["input_ids"]), trained)
 
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return [*ids, end] if end is not None and (not ids or ids[-1] != end) else list(ids)
+
+
+def _refuse_flood(written: int, bound: int) -> None:
+    if written > bound:
+        raise DataError(
+            f"The model's chat template writes more than {bound} characters for one row, which is out of all proportion "
+            "to the row. Use another template."
+        )
+
+
+def _failed(error: Exception) -> DataError:
+    return DataError(f"The model's chat template failed: {type(error).__name__}: {error}"[:2000])

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from sat_core.data.packing import TRAINED
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sat_core.data.rendering import Rendered
+    from sat_core.data.packing import Sequence
 
-CORPUS_FORMAT = "satune.corpus/1"
+CORPUS_FORMAT = "satune.corpus/2"
 
 
 @dataclass
@@ -36,24 +38,27 @@ class SplitWriter:
         """Sequences written so far."""
         return len(self._offsets) - 1
 
-    def add(self, rendered: Rendered) -> None:
+    def totals(self) -> dict[str, int]:
+        """Sequences, tokens and trained tokens written so far."""
+        return {
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+        }
+
+    def add(self, sequence: Sequence) -> None:
         """Append one sequence."""
-        np.asarray(rendered.ids, dtype=np.uint32).tofile(self._ids)
-        np.asarray(rendered.trained, dtype=np.uint8).tofile(self._mask)
-        self.tokens += len(rendered.ids)
-        self.trained_tokens += sum(rendered.trained[1:])
-        self.longest = max(self.longest, len(rendered.ids))
+        np.asarray(sequence.ids, dtype=np.uint32).tofile(self._ids)
+        np.asarray(sequence.mask, dtype=np.uint8).tofile(self._mask)
+        self.tokens += len(sequence.ids)
+        self.trained_tokens += sequence.mask[1:].count(TRAINED)
+        self.longest = max(self.longest, len(sequence.ids))
         self._offsets.append(self.tokens)
 
     def finish(self) -> dict[str, int]:
         """Write the offsets; the figures of the split."""
         np.save(self.folder / f"{self.name}.offsets.npy", np.asarray(self._offsets, dtype=np.int64))
-        return {
-            "sequences": self.sequences,
-            "tokens": self.tokens,
-            "trained_tokens": self.trained_tokens,
-            "longest": self.longest,
-        }
+        return {**self.totals(), "longest": self.longest}
 
     def __enter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ from sat_core.data.corpus import IGNORED_LABEL, Corpus
 from sat_core.data.rendering import Renderer
 from sat_core.plan.errors import DataError
 from sat_core.plan.formats import FileCheck
+from sat_core.plan.rows import parse_row
 from tests.sat_core.tiny import prepare, read_events, run_core, write_model
 
 MESSAGES = {
@@ -37,7 +38,7 @@ def trained_text(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if template != "stock":
         tokenizer.chat_template = template
-    rendered = Renderer(tokenizer).render(format, row)
+    rendered = Renderer(tokenizer).render(parse_row(row, format))
     return str(
         tokenizer.decode([i for i, t in zip(rendered.ids, rendered.trained, strict=True) if t])
     )

@@ -1,0 +1,173 @@
+"""The commands `prepare` and `preview`: from RUN_FOLDER/config.json to a corpus and train.json, or to preview.json.
+
+config.json (format satune.prepare/1) holds `request`, `model` (name, path or null, revision), `corpora_dir`, and files as
+`{"path", "filename"}`: `training_file`, `validation_file` (or null), and optionally `mix_files`, each with a `weight`. A
+null path makes the file name that of a data set on the hub. `preview` takes `rows` beside these.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from sat_core.data.preparing import Preparation
+from sat_core.data.preview import preview
+from sat_core.data.sources import Source
+from sat_core.data.tokenizer import hub_revision, load_tokenizer, model_config
+from sat_core.plan.config import PREPARE_FORMAT, PREPARED_FORMAT
+from sat_core.plan.errors import ConfigError
+from sat_core.plan.families import ModelShape, shape_of
+from sat_core.plan.request import RunRequest
+from sat_core.plan.resolve import check_mode, max_seq_len, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_MIX_FILES = 16
+MAX_MIX_WEIGHT = 100
+DEFAULT_PREVIEW_ROWS = 5
+
+
+class Events(Protocol):
+    """Where progress is told."""
+
+    def state(self, state: str, message: str) -> None:
+        """A new phase."""
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Anything else."""
+
+
+class _Job(NamedTuple):
+    request: RunRequest
+    path: str | None
+    revision: str | None
+    shape: ModelShape
+    tokenizer: Any
+    seq_len_for: Callable[[bool], int]
+    packing: str
+
+
+def prepare(folder: Path, config: dict[str, Any], events: Events) -> None:
+    """Make the corpus, or find it ready, and write train.json with every number stated.
+
+    Raises:
+        PlanError: for a setting, a model or data that cannot be used.
+    """
+    mixes = _mixes(config.get("mix_files"))
+    job = _job(config, events)
+    request, held = job.request, config["validation_file"]
+    events.state("tokenizing", "Rendering, masking and tokenising")
+    corpus, figures = Preparation(
+        tokenizer=job.tokenizer,
+        training=_source(config["training_file"], "training_file"),
+        validation=_source(held, "validation_file") if held else None,
+        declared_format=request.sat.data.format,
+        train_on=request.sat.train.train_on,
+        validation_split=request.sat.data.validation_split,
+        seq_len_for=job.seq_len_for,
+        progress=lambda rows: events.emit("progress", done=rows, total=None, unit="rows"),
+        mixes=mixes,
+        packing=job.packing,
+        seed=request.seed or 0,
+    ).run(Path(config["corpora_dir"]))
+    resolved = resolve(
+        request,
+        job.shape,
+        figures,
+        model_path=job.path,
+        revision=job.revision,
+        corpus=str(corpus),
+    )
+    prepared = {
+        "format": PREPARED_FORMAT,
+        "config": resolved.config.to_dict(),
+        "hyperparameters": resolved.hyperparameters,
+        "total_steps": resolved.config.total_steps,
+        "figures": figures,
+        "warnings": list(resolved.warnings),
+    }
+    _put(folder / "train.json", prepared)
+
+
+def show(folder: Path, config: dict[str, Any], events: Events) -> None:
+    """Write preview.json: what of the first rows of the training file will be trained on.
+
+    Raises:
+        PlanError: for a setting, a model or data that cannot be used.
+    """
+    job = _job(config, events)
+    rows = preview(
+        job.tokenizer,
+        _source(config["training_file"], "training_file"),
+        seq_len_for=job.seq_len_for,
+        declared_format=job.request.sat.data.format,
+        train_on=job.request.sat.train.train_on,
+        packing=job.packing,
+        rows=config.get("rows", DEFAULT_PREVIEW_ROWS),
+    )
+    _put(folder / "preview.json", {"format": "satune.preview/1", "rows": rows})
+
+
+def _job(config: dict[str, Any], events: Events) -> _Job:
+    if config.get("format") != PREPARE_FORMAT:
+        raise ConfigError(
+            f"config.json has format {config.get('format')!r}; this program reads {PREPARE_FORMAT!r}."
+        )
+    request = RunRequest.from_dict(config["request"])
+    check_mode(request)
+    model = config["model"]
+    source = model["path"] or model["name"]
+    revision = model["revision"] or (None if model["path"] else hub_revision(model["name"]))
+    events.state("checking_dataset", f"Reading {config['training_file']['filename']}")
+    shape = shape_of(model_config(source, revision=revision))
+    return _Job(
+        request=request,
+        path=model["path"],
+        revision=revision,
+        shape=shape,
+        tokenizer=load_tokenizer(source, revision=revision),
+        seq_len_for=lambda packed: max_seq_len(request, shape, packed=packed),
+        packing=getattr(request.sat.data, "packing", "auto"),
+    )
+
+
+def _mixes(files: Any) -> tuple[Source, ...]:
+    if files is None:
+        return ()
+    if not isinstance(files, list) or len(files) > MAX_MIX_FILES:
+        raise ConfigError(
+            f"mix_files must be a list of at most {MAX_MIX_FILES} files with weights.", "mix_files"
+        )
+    return tuple(_mix(file, f"mix_files.{i}") for i, file in enumerate(files))
+
+
+def _mix(file: Any, place: str) -> Source:
+    weight = file.get("weight") if isinstance(file, dict) else None
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not 0 < weight <= MAX_MIX_WEIGHT
+    ):
+        raise ConfigError(
+            f"weight is {weight!r}; allowed is a number above 0, at most {MAX_MIX_WEIGHT}: sequences of this file for "
+            "one of the training file.",
+            f"{place}.weight",
+        )
+    return _source(file, place, float(weight))
+
+
+def _source(file: Any, place: str, weight: float | None = None) -> Source:
+    if not isinstance(file, dict) or not isinstance(file.get("filename"), str):
+        raise ConfigError("A file must be an object with path and filename.", place)
+    path = file.get("path")
+    return Source(
+        path=None if path is None else Path(path), filename=file["filename"], weight=weight
+    )
+
+
+def _put(path: Path, content: dict[str, Any]) -> None:
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(content, indent=1), "utf-8")
+    scratch.rename(path)

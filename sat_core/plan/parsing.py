@@ -1,0 +1,323 @@
+"""Bytes of a data file to rows, pushed in as they come.
+
+`RowStream` decides by the file's name, holds one row at a time (a .json array whole) and gives each row or what is wrong
+with it, so the upload check and the reader of `prepare` see the same rows and the same faults. The road not taken is
+pulling from an open file: an upload has none.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sat_core.plan.rows import RowError, detect_format
+from sat_core.plan.streams import MAX_ARRAY_BYTES, MAX_LINE_BYTES, Gunzip, Item, Line, Lines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HEAD_BYTES = 512
+_FOREIGN = (
+    (b"\x1f\x8b", 0, "gzip data; its name must end in .gz, once"),
+    (b"PK\x03\x04", 0, "a zip archive; unpack it and send the file inside"),
+    (b"ustar", 257, "a tar archive; unpack it and send a file inside"),
+    (b"PAR1", 0, "Parquet data; its name must end in .parquet"),
+    (b"\xff\xfe", 0, "UTF-16 or UTF-32; save it as UTF-8"),
+    (b"\xfe\xff", 0, "UTF-16; save it as UTF-8"),
+    (b"version https://git-lfs", 0, "a Git LFS pointer, not the file; fetch it with git lfs pull"),
+    (b"<!doctype", 0, "a web page, not data"),
+    (b"<html", 0, "a web page, not data"),
+)
+
+
+class _Parser(Protocol):
+    def feed(self, data: bytes) -> Iterator[Item]: ...
+
+    def finish(self) -> Iterator[Item]: ...
+
+
+def kind_of(filename: str) -> tuple[str, bool]:
+    """How a file of this name is read ("text", "array", "csv", "parquet" or "lines"), and whether it is gzipped."""
+    name = filename.lower()
+    packed = name.endswith(".gz")
+    name = name.removesuffix(".gz")
+    for endings, kind in (
+        ((".txt", ".md"), "text"),
+        ((".json",), "array"),
+        ((".csv",), "csv"),
+        ((".parquet",), "parquet"),
+    ):
+        if name.endswith(endings):
+            return kind, packed
+    return "lines", packed
+
+
+class RowStream:
+    """The rows of one file: `feed` its bytes in order, then `finish`. After an item that is `last` all is ignored."""
+
+    def __init__(self, filename: str) -> None:
+        """`filename` is the owner's name for the file; any but Parquet."""
+        self._kind, packed = kind_of(filename)
+        self._gunzip = Gunzip() if packed else None
+        self._head: bytes | None = b""
+        parsers: dict[str, type[_Parser]] = {
+            "text": TextLines,
+            "array": JsonArray,
+            "csv": CsvRows,
+            "lines": JsonLines,
+        }
+        self._parser = parsers[self._kind]()
+        self._done = False
+
+    def feed(self, chunk: bytes) -> Iterator[Item]:
+        """Rows that these bytes complete."""
+        try:
+            for piece in self._pieces(chunk):
+                yield from self._live(self._parse(piece))
+        except RowError as error:
+            yield from self._live(iter((_broken(error),)))
+
+    def finish(self) -> Iterator[Item]:
+        """Rows that the end of the file completes."""
+        try:
+            if self._gunzip and not self._done:
+                self._gunzip.finish()
+            head, self._head = self._head, None
+            if head:
+                _refuse_foreign(head, self._kind)
+                yield from self._live(self._parser.feed(head))
+            yield from self._live(self._parser.finish())
+        except RowError as error:
+            yield from self._live(iter((_broken(error),)))
+
+    def _pieces(self, chunk: bytes) -> Iterator[bytes]:
+        for piece in self._gunzip.feed(chunk) if self._gunzip else (chunk,):
+            if self._done:
+                return
+            yield piece
+
+    def _parse(self, piece: bytes) -> Iterator[Item]:
+        if self._head is not None:
+            self._head += piece
+            if len(self._head) < _HEAD_BYTES:
+                return
+            piece, self._head = self._head, None
+            _refuse_foreign(piece, self._kind)
+        yield from self._parser.feed(piece)
+
+    def _live(self, items: Iterator[Item]) -> Iterator[Item]:
+        if self._done:
+            return
+        for item in items:
+            yield item
+            if item.last:
+                self._done = True
+                return
+
+
+class TextLines:
+    """Lines of plain text, each with its end."""
+
+    def __init__(self) -> None:
+        self._lines = Lines(cut=True)
+
+    def feed(self, data: bytes) -> Iterator[Item]:
+        """Lines that these bytes complete."""
+        yield from map(self._item, self._lines.feed(data))
+
+    def finish(self) -> Iterator[Item]:
+        """The line without an end."""
+        yield from map(self._item, self._lines.finish())
+
+    @staticmethod
+    def _item(line: Line) -> Item:
+        try:
+            return line.item(line.text() + "\n" * line.ended)
+        except RowError as error:
+            return line.item(error=error)
+
+
+class JsonLines:
+    """One JSON value a line; blank lines are nothing."""
+
+    def __init__(self) -> None:
+        self._lines = Lines()
+
+    def feed(self, data: bytes) -> Iterator[Item]:
+        """Rows that these bytes complete."""
+        for line in self._lines.feed(data):
+            yield from self._items(line)
+
+    def finish(self) -> Iterator[Item]:
+        """The row without a line end."""
+        for line in self._lines.finish():
+            yield from self._items(line)
+
+    @staticmethod
+    def _items(line: Line) -> Iterator[Item]:
+        try:
+            text = line.text()
+            if text.strip():
+                yield line.item(_json(text))
+        except RowError as error:
+            yield line.item(error=error)
+
+
+class JsonArray:
+    """One JSON array of rows, held whole; JSON Lines under the name .json are read as such."""
+
+    def __init__(self) -> None:
+        self._held: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[Item]:
+        """Nothing but what is wrong with the size."""
+        self._size += len(data)
+        self._held.append(data)
+        if self._size > MAX_ARRAY_BYTES:
+            self._held.clear()
+            message = f"a .json array may have {MAX_ARRAY_BYTES} bytes; use JSON Lines"
+            yield _broken(RowError("too_long", "", message))
+
+    def finish(self) -> Iterator[Item]:
+        """All rows."""
+        whole = Line(1, 0, b"".join(self._held), ended=False)
+        self._held.clear()
+        text = whole.text()
+        if not text.strip():
+            return
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if getattr(error, "msg", "") == "Extra data":
+                lines = JsonLines()
+                yield from lines.feed(whole.raw)
+                yield from lines.finish()
+                return
+            line, at = getattr(error, "lineno", 1), getattr(error, "pos", 0)
+            fault = RowError("bad_json", "", f"not valid JSON: {_reason(error)}")
+            yield Item(line, len(text[:at].encode("utf-8", "replace")), b"", None, fault, last=True)
+            return
+        if not isinstance(rows, list):
+            raise RowError("unknown_format", "", "a .json file must hold one array of rows")
+        for number, row in enumerate(rows, 1):
+            yield Item(number, 0, b"", row)
+
+
+class CsvRows:
+    """Rows of a table whose first row names the columns; fields are strings, and may hold line ends in quotes.
+
+    A row ends where the quotes are even, which bounds what is held; the standard library's reader then decides.
+    """
+
+    def __init__(self) -> None:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        self._lines = Lines()
+        self._held: list[str] = []
+        self._first: Line | None = None
+        self._odd = False
+        self._size = 0
+        self._header: list[str] = []
+        self._delimiter = ","
+
+    def feed(self, data: bytes) -> Iterator[Item]:
+        """Rows that these bytes complete."""
+        for line in self._lines.feed(data):
+            yield from self._take(line)
+
+    def finish(self) -> Iterator[Item]:
+        """The row without a line end, and a quote that never closed."""
+        for line in self._lines.finish():
+            yield from self._take(line)
+        if self._first is not None:
+            yield from self._records(self._first, final=True)
+
+    def _take(self, line: Line) -> Iterator[Item]:
+        try:
+            text = line.text() + "\n" * line.ended
+        except RowError as error:
+            yield line.item(error=error)
+            return
+        first = self._first = self._first or line
+        self._held.append(text)
+        self._size += len(line.raw)
+        self._odd ^= text.count('"') % 2 == 1
+        if self._size > MAX_LINE_BYTES:
+            message = f"a row of more than {MAX_LINE_BYTES} bytes; is a quote never closed?"
+            yield first.item(error=RowError("too_long", "", message))._replace(last=True)
+        elif not self._odd:
+            yield from self._records(first, final=False)
+
+    def _records(self, first: Line, *, final: bool) -> Iterator[Item]:
+        self._delimiter = self._delimiter if self._header else _delimiter(self._held[0])
+        reader = csv.reader(self._held, delimiter=self._delimiter, strict=True)
+        records, at, fault = [], 0, None
+        try:
+            for record in reader:
+                records.append((first.number + at, record))
+                at = reader.line_num
+        except csv.Error as error:
+            if "unexpected end" in str(error) and not final:
+                return
+            fault = RowError("bad_csv", "", f"not valid CSV: {error}")
+        self._held, self._first, self._odd, self._size = [], None, False, 0
+        for number, record in records:
+            if len(record) > 1 or (record and record[0].strip()):
+                yield from self._row(record, first._replace(number=number))
+        if fault:
+            yield first._replace(number=first.number + at).item(error=fault)
+
+    def _row(self, record: list[str], line: Line) -> Iterator[Item]:
+        if not self._header:
+            try:
+                self._header = _header(record)
+            except RowError as error:
+                yield line.item(error=error)._replace(last=True)
+        elif len(record) == len(self._header):
+            yield line.item(dict(zip(self._header, record, strict=True)))
+        else:
+            message = f"{len(record)} fields; the header has {len(self._header)}"
+            yield line.item(error=RowError("bad_csv", "", message))
+
+
+def _header(names: list[str]) -> list[str]:
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise RowError("bad_csv", "", f"the header names {double[0]!r:.60} twice")
+    try:
+        detect_format(dict.fromkeys(names, ""))
+    except RowError as error:
+        message = f"the first row must name the columns: {error.message}"
+        raise RowError(error.code, error.pointer, message) from error
+    return names
+
+
+def _delimiter(header: str) -> str:
+    return max(",;\t", key=header.count)
+
+
+def _refuse_foreign(head: bytes, kind: str) -> None:
+    for magic, at, what in _FOREIGN:
+        text = magic.startswith(b"<")
+        found = head.lower().lstrip() if text else head
+        if found[at:].startswith(magic) and not (text and kind == "text"):
+            raise RowError("unknown_format", "", f"this is {what}")
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise RowError("bad_json", "", f"not valid JSON: {_reason(error)}{column}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+
+
+def _broken(error: RowError) -> Item:
+    return Item(1, 0, b"", None, error, last=True)
