@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sat_core.plan.errors import DataError
 from sat_core.plan.parsing import RowStream, kind_of
-from sat_core.plan.rows import Conversation, RowError, Text, detect_format, parse_row
+from sat_core.plan.rows import KNOWN_COLUMNS, Conversation, RowError, Text, detect_format, parse_row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,10 +101,6 @@ def _parquet_rows(path: Path, filename: str) -> Iterator[tuple[int, dict[str, An
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    known = {
-        *("messages", "conversations", "prompt", "completion", "instruction", "input", "output"),
-        *("text", "tools", "system"),
-    }
     try:
         with pq.ParquetFile(path) as file:
             for i in range(file.metadata.num_row_groups):
@@ -113,7 +109,7 @@ def _parquet_rows(path: Path, filename: str) -> Iterator[tuple[int, dict[str, An
                         f"{filename}: row group {i} unpacks to more than {MAX_ROW_GROUP_BYTES} bytes, the limit; write "
                         "the file with smaller row groups."
                     )
-            columns = [name for name in file.schema_arrow.names if name in known]
+            columns = [name for name in file.schema_arrow.names if name in KNOWN_COLUMNS]
             number = 0
             if not columns:
                 yield 1, dict.fromkeys(file.schema_arrow.names)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sat_core.data.reading import Row, meanings, read_rows, sha256_of
 from sat_core.plan.errors import DataError
-from sat_core.plan.rows import Text
+from sat_core.plan.rows import KNOWN_COLUMNS, Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,6 +117,8 @@ def _hub_rows(name: str, revision: str) -> Iterator[tuple[int, Any]]:
     repository, subset, split = hub_parts(name)
     try:
         rows = load_dataset(repository, subset, split=split, revision=revision, streaming=True)
+        if known := KNOWN_COLUMNS & set(rows.column_names or ()):
+            rows = rows.select_columns(sorted(known))
         yield from enumerate(rows, 1)
     except Exception as error:
         raise _unreachable(name, error) from error

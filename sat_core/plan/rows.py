@@ -39,6 +39,8 @@ _COLUMNS = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
+# All that any format reads; the other columns of a table can stay where they are.
+KNOWN_COLUMNS = frozenset({"input", "system", "tools"}.union(*_COLUMNS.values()))
 _KEPT = ("name", "tool_call_id", "reasoning_content")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
