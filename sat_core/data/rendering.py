@@ -2,8 +2,8 @@
 
 The tokenizer's own chat template is used; a base model without one gets `PLAIN_TEMPLATE`, which is saved with the result.
 The mask comes from the template's generation marks where it has them, else from rendering prefixes: the text an
-assistant's turn adds is trained, and a template in which a prefix is not rendered as the start of the whole is refused,
-because any mask made from it would be a guess. A template is a program of strangers: its output is bounded, and one
+assistant's turn adds is trained. A template in which that text does not stand literally in the whole is refused, because
+any mask made from it would be a guess. A template is a program of strangers: its output is bounded, and one
 that drops tool calls is refused, because what should be learned would be missing.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -51,7 +52,7 @@ class Renderer:
         template = str(tokenizer.chat_template)
         self._marked = re.search(r"\{%-?\s*generation\b", template) is not None
         self._knows_developer = "developer" in template
-        self._bounded = False
+        self._watched = False
 
     def render(self, content: Text | Conversation) -> Rendered:
         """Tokens of one row.
@@ -79,7 +80,8 @@ class Renderer:
             messages = [
                 {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
             ]
-        whole = self._apply(messages, tools)
+        bound = self._bound(messages, tools)
+        whole = self._apply(messages, tools, bound)
         for call in (c["function"]["name"] for m in messages for c in m.get("tool_calls", ())):
             if call not in whole:
                 raise DataError(
@@ -90,17 +92,34 @@ class Renderer:
             return self._masked(whole, [(0, len(whole))], add_special_tokens=False)
         if self._marked:
             return self._by_marks(messages, trained, tools)
-        spans = []
-        for i in (i for i, flag in enumerate(trained) if flag):
-            before = self._apply(messages[:i], tools, add_generation_prompt=True) if i else ""
-            after = self._apply(messages[: i + 1], tools)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise DataError(
-                    "The chat template renders the start of a conversation differently from the whole, so no exact loss "
-                    "mask can be made. Use a template with {% generation %} marks, or sat.train.train_on: all."
-                )
-            spans.append((len(before), len(after)))
+        spans = [
+            self._span(messages, i, tools, whole, bound) for i, flag in enumerate(trained) if flag
+        ]
         return self._masked(whole, spans, add_special_tokens=False)
+
+    def _span(
+        self, messages: list[dict[str, Any]], i: int, tools: Any, whole: str, bound: int
+    ) -> tuple[int, int]:
+        """Where turn `i` of the assistant lies in the whole: what it adds to the rendering of all before it.
+
+        A template may open the last turn with something that it leaves out of an earlier one, as an empty thought; then
+        it is the rest of what the turn adds, as long as that rest holds all of the message and stands there literally.
+        """
+        before = self._apply(messages[:i], tools, bound, prompt=True) if i else ""
+        after = self._apply(messages[: i + 1], tools, bound)
+        if after.startswith(before) and whole.startswith(before):
+            turn, begin = after[len(before) :], len(before)
+            said = [messages[i]["content"].strip()]
+            said += [call["function"]["name"] for call in messages[i].get("tool_calls", ())]
+            for at in (0, *(match.end() for match in re.finditer("\n", turn))):
+                if at and not all(part in turn[at:] for part in said):
+                    break
+                if whole.startswith(turn[at:], begin):
+                    return begin, begin + len(turn) - at
+        raise DataError(
+            "The chat template renders the start of a conversation differently from the whole, so no exact loss mask can be "
+            "made. Use a template with {% generation %} marks, or sat.train.train_on: all."
+        )
 
     def _by_marks(
         self, messages: list[dict[str, Any]], trained: list[bool], tools: Any
@@ -128,22 +147,24 @@ class Renderer:
                 mask[i] = flag
         return Rendered(ids, mask)
 
-    def _apply(
-        self, messages: list[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = False
-    ) -> str:
+    def _bound(self, messages: list[dict[str, Any]], tools: Any) -> int:
+        """The characters that the template may write for a row; the first row is watched while it is written."""
         given = len(json.dumps([messages, tools], ensure_ascii=False))
         bound = TEMPLATE_CHARS + TEMPLATE_EXPANSION * given
-        if not self._bounded:
+        if not self._watched:
+            self._watched = True
             self._dry_run(messages, tools, bound)
-        text = str(
-            self._call(messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        return bound
+
+    def _apply(
+        self, messages: list[dict[str, Any]], tools: Any, bound: int, *, prompt: bool = False
+    ) -> str:
+        text = str(self._call(messages, tools, tokenize=False, add_generation_prompt=prompt))
         _refuse_flood(len(text), bound)
         return text
 
     def _dry_run(self, messages: list[dict[str, Any]], tools: Any, bound: int) -> None:
         """Render the first row piece by piece, to find a template that never ends while memory still lasts."""
-        self._bounded = True
         try:
             template = _compile_jinja_template(self.tokenizer.get_chat_template(tools=tools))
             written = 0
@@ -170,14 +191,17 @@ class Renderer:
     def _masked(
         self, text: str, spans: list[tuple[int, int]], *, add_special_tokens: bool
     ) -> Rendered:
-        """Tokenise once; a token is trained when it starts inside a span of characters."""
+        """Tokenise once; a token is trained when it starts inside one of the spans of characters, which are in order."""
         encoded = self.tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
         )
-        trained = [
-            self.train_on == "all" or (end > start and any(a <= start < b for a, b in spans))
-            for start, end in encoded["offset_mapping"]
-        ]
+        if self.train_on == "all":
+            return Rendered(list(encoded["input_ids"]), [True] * len(encoded["input_ids"]))
+        begins = [begin for begin, _ in spans]
+        trained = []
+        for start, end in encoded["offset_mapping"]:
+            at = bisect_right(begins, start) - 1
+            trained.append(end > start and at >= 0 and start < spans[at][1])
         return Rendered(list(encoded["input_ids"]), trained)
 
     def _with_end(self, ids: list[int]) -> list[int]:

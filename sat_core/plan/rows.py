@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 FORMATS = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MAX_MESSAGES = 2048
+# Each turn is found by rendering all before it, so the cost of a row grows with the square.
+MAX_MESSAGES = 1024
 # Who speaks, by the names that ShareGPT files in circulation use.
 SPEAKERS = {
     "system": "system",

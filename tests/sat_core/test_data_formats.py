@@ -261,7 +261,7 @@ def test_alpaca_joins_the_input_to_the_instruction() -> None:
         ({"messages": "[1"}, "bad_json", "/messages"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "bad_type", "/messages/1/tool_calls/0"),
         ({"messages": [USER, ASSISTANT], "tools": [1]}, "bad_type", "/tools"),
-        ({"messages": [USER, ASSISTANT] * 1025}, "too_long", "/messages"),
+        ({"messages": [USER, ASSISTANT] * 513}, "too_long", "/messages"),
         ({"messages": [{**USER, "content": [{"type": "image_url"}]}]}, "bad_type", "/messages/0/content/0"),
         ({"conversations": [{"from": "me", "value": "a"}]}, "bad_role", "/conversations/0/from"),
         ({"conversations": [{"from": "gpt", "value": ""}]}, "empty_content", "/conversations/0/value"),

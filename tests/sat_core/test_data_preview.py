@@ -60,6 +60,18 @@ def test_a_turn_of_weight_0_is_seen_and_not_trained(
     assert "a b" in trained(tokenizer, row, train_on="all")
 
 
+def test_a_template_may_open_the_last_turn_with_an_empty_thought(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}w0 {% else %}w1 "
+        "{% if loop.last %}{{ 'w8 \nw9\n\n' }}{% endif %}{% endif %}{{ m['content'] }} "
+        "{{- m.tool_calls[0].function.name if m.tool_calls }} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}w1 {% endif %}"
+    )
+    calling = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    row = {"messages": [USER, ASSISTANT, USER, calling, USER, {**ASSISTANT, "content": "e"}]}
+    assert trained(tokenizer, row) == "c d <eos> f <eos> w8 w9 e <eos>"
+
+
 def test_turns_that_the_marks_do_not_tell_apart_cannot_have_weights(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% generation %}{% for m in messages %}{{ m['content'] }} {% endfor %}{% endgeneration %}"
