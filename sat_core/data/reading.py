@@ -25,7 +25,7 @@ TEXT_SEPARATOR = "<|endoftext|>"
 TEXT_CHUNK_CHARS = 2**20
 CHUNK_BYTES = 2**18
 PARQUET_BATCH_ROWS = 256
-# One group of rows is unpacked at a time; a larger one may not fit in memory.
+# Pages are unpacked whole, and a group of rows is one page at worst; a larger one may not fit in memory.
 MAX_ROW_GROUP_BYTES = 4 * 2**30
 
 
@@ -102,7 +102,7 @@ def _parquet_rows(path: Path, filename: str) -> Iterator[tuple[int, dict[str, An
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
             for i in range(file.metadata.num_row_groups):
                 if file.metadata.row_group(i).total_byte_size > MAX_ROW_GROUP_BYTES:
                     raise DataError(

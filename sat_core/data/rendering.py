@@ -31,6 +31,8 @@ PLAIN_TEMPLATE = (
 # A template may write this many characters of its own, and this many times what it was given.
 TEMPLATE_CHARS = 2**20
 TEMPLATE_EXPANSION = 16
+# Reasoning models think inside the content, before this; templates drop it from earlier turns.
+THOUGHT_END = "</think>"
 
 
 class Rendered(NamedTuple):
@@ -102,14 +104,14 @@ class Renderer:
     ) -> tuple[int, int]:
         """Where turn `i` of the assistant lies in the whole: what it adds to the rendering of all before it.
 
-        A template may open the last turn with something that it leaves out of an earlier one, as an empty thought; then
-        it is the rest of what the turn adds, as long as that rest holds all of the message and stands there literally.
+        A template may open the last turn with a thought, if an empty one, that it leaves out of an earlier turn; then it is
+        the rest of what the turn adds, as long as that rest holds all of the answer and stands there literally.
         """
         before = self._apply(messages[:i], tools, bound, prompt=True) if i else ""
         after = self._apply(messages[: i + 1], tools, bound)
         if after.startswith(before) and whole.startswith(before):
             turn, begin = after[len(before) :], len(before)
-            said = [messages[i]["content"].strip()]
+            said = [messages[i]["content"].rpartition(THOUGHT_END)[2].strip()]
             said += [call["function"]["name"] for call in messages[i].get("tool_calls", ())]
             for at in (0, *(match.end() for match in re.finditer("\n", turn))):
                 if at and not all(part in turn[at:] for part in said):

@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sat_core.data import reading
 from sat_core.data.reading import read_rows
@@ -278,3 +280,30 @@ def test_an_unusable_row_is_named_by_its_place(
     with pytest.raises(RowError) as caught:
         parsed(row)
     assert (caught.value.code, caught.value.pointer) == (code, pointer)
+
+
+@given(
+    filename=st.sampled_from([*FILES, "d.txt", "d.txt.gz", "d"]),
+    start=st.sampled_from([b"", *FILES.values()]),
+    noise=st.binary(max_size=200),
+    at=st.integers(0, 400),
+    size=st.integers(1, 50),
+)
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_no_bytes_crash_the_check_or_the_reader(
+    tmp_path: Path, filename: str, start: bytes, noise: bytes, at: int, size: int
+) -> None:
+    data = start[:at] + noise + start[at:]
+    report = judged(filename, data, size)
+    assert report.ok == judged(filename, data).ok
+    (tmp_path / filename).write_bytes(data)
+    try:
+        found = list(read_rows(tmp_path / filename, filename))
+    except DataError:
+        assert not report.ok or "parquet" in filename
+        return
+    assert report.ok or not found, "what the check refuses is not trained on"

@@ -72,6 +72,17 @@ def test_a_template_may_open_the_last_turn_with_an_empty_thought(tokenizer: Any)
     assert trained(tokenizer, row) == "c d <eos> f <eos> w8 w9 e <eos>"
 
 
+def test_a_thought_that_the_template_drops_later_is_not_missed(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}w1 {% if loop.last %}{{ m['content'] }}{% else %}"
+        "{{ m['content'].split('</think>')[-1].lstrip('\n') }}{% endif %} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}w1 {% endif %}"
+    )
+    thinking = {"role": "assistant", "content": "<think>\nx\n</think>\n\nc d"}
+    row = {"messages": [USER, thinking, USER, thinking]}
+    assert trained(tokenizer, row) == "c d <eos> <unk> x <unk> c d <eos>"
+
+
 def test_turns_that_the_marks_do_not_tell_apart_cannot_have_weights(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% generation %}{% for m in messages %}{{ m['content'] }} {% endfor %}{% endgeneration %}"
