@@ -31,9 +31,11 @@ from transformers import (
 )
 
 from sat_core.data.corpus import Batch
-from sat_core.model import Sparsity, token_loss
+from sat_core.loss import token_loss
 from sat_core.optim import build_optimizer
-from sat_core.plan.accounting import Widths, step_flops
+from sat_core.plan.accounting import Cost, Widths, step_flops
+from sat_core.plan.config import SatConfig
+from sat_core.sparsity import Sparsity, sparsify
 
 LEARNING_RATE = 1e-4
 
@@ -78,15 +80,12 @@ def satune_arm(shape: Shape, rate: float) -> tuple[Callable[[int], list[float]],
     """Steps of Satune's own code; the selection is made once, as inside a rung."""
     model = build(shape)
     optimizer = build_optimizer(model, learning_rate=LEARNING_RATE, weight_decay=0.01)
-    sparsity = Sparsity(model, optimizer)
+    config = SatConfig(
+        total_steps=1, mlp_rate=rate, attention_rate=rate, allotment="uniform", dense_start=0.0
+    )
+    sparsity = sparsify(model, optimizer, config)
     if rate:
-        sparsity.select(
-            mlp_rate=rate,
-            attention_rate=rate,
-            allotment="uniform",
-            batch=batch_of(shape, 0),
-            step=0,
-        )
+        sparsity.choose(0, batch_of(shape, 0))
 
     def steps(count: int) -> list[float]:
         seconds = []
@@ -150,13 +149,13 @@ def trainer_arm(shape: Shape, folder: str) -> Callable[[int], list[float]]:
 
 def flop_bound(shape: Shape, dense: Sparsity, sparse: Sparsity) -> float:
     """Speed-up that counted FLOPs allow."""
-    cost = {
-        "tokens": shape.rows * shape.width,
-        "attended_pairs": shape.rows * shape.width * (shape.width + 1) // 2,
-        "labels": shape.rows * (shape.width - 1),
-    }
-    return step_flops(dense.shape, Widths.dense(dense.shape), **cost) / step_flops(
-        sparse.shape, sparse.widths, **cost
+    cost = Cost(
+        tokens=shape.rows * shape.width,
+        attended_pairs=shape.rows * shape.width * (shape.width + 1) // 2,
+        labels=shape.rows * (shape.width - 1),
+    )
+    return step_flops(dense.shape, Widths.dense(dense.shape), cost) / step_flops(
+        sparse.shape, sparse.widths, cost
     )
 
 

@@ -1,6 +1,6 @@
 """Sparsity-Accelerated Training: train only the neurons that matter now, end with the dense model.
 
-    from sat_core import load_model, Sparsity      # your own loop
+    from sat_core import SatConfig, sparsify       # your own loop
     python -P -m sat_core train RUN_FOLDER         # a whole run, from a folder that holds config.json
 
 Names are exported lazily (PEP 562): importing `sat_core.plan` must not load torch, because the web service does so.
@@ -10,11 +10,12 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "load_model": "sat_core.model",
-    "Sparsity": "sat_core.model",
-    "SlicedBlock": "sat_core.slicing",
+    "SatCallback": "sat_core.callback",
+    "SatConfig": "sat_core.plan.config",
+    "Sparsity": "sat_core.sparsity",
     "build_optimizer": "sat_core.optim",
-    "train": "sat_core.trainer",
+    "load_model": "sat_core.model",
+    "sparsify": "sat_core.sparsity",
 }
 __all__ = list(_EXPORTS)
 

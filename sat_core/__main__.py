@@ -1,7 +1,7 @@
 """`python -P -m sat_core prepare|preview|train RUN_FOLDER`: the core as a program.
 
 It reads RUN_FOLDER/config.json and writes nothing outside that folder but the shared corpus. Exit codes: 0 done, 10 stopped
-on SIGTERM with a checkpoint written, 20 failed for a reason that the last event tells; anything else is a crash.
+on SIGTERM with a checkpoint written, 20 failed for a reason that the last event tells; anything else is a crash. Under `torchrun` every rank runs this; the first one tells.
 
 With --lifeline the process belongs to whoever holds the other end of its standard input: it dies when that end closes, and
 on Linux also when its parent dies, so that no orphan keeps a GPU.
@@ -42,9 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.lifeline:
         _hold_lifeline()
     asked = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
     if args.command == "train":
         signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    with EventLog(args.folder) as events:
+    with EventLog(args.folder, silent=os.environ.get("RANK", "0") != "0") as events:
         try:
             return _run(args.command, args.folder, events, asked.is_set)
         except PlanError as error:
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         except (MemoryError, OSError) as error:
             code = "out_of_memory" if isinstance(error, MemoryError) else "internal_error"
             events.emit("failed", code=code, message=f"{type(error).__name__}: {error}", param=None)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return FAILED
 
 
@@ -71,21 +74,22 @@ def _run(command: str, folder: Path, events: EventLog, stopping: Callable[[], bo
 def _train(
     folder: Path, config: TrainConfig, events: EventLog, stopping: Callable[[], bool]
 ) -> int:
-    import torch
-
-    from sat_core.trainer import Stopped, train
+    from sat_core.parallel import Parallel
+    from sat_core.trainer import Stopped, is_out_of_memory, train
 
     try:
-        train(folder, config, events, stopping)
+        train(folder, config, events, stopping, Parallel())
     except Stopped:
         step = max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*")), default=0)
         events.emit("stopped", step=step)
         return STOPPED
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise PlanError(
-            f"The GPU's memory does not hold a micro-batch of {config.micro_batch_size} sequences: {error}. "
-            "Lower sat.train.micro_batch_size or sat.train.max_seq_len.",
-            "sat.train.micro_batch_size",
+            f"Memory does not hold a micro-batch of one sequence: {error}. "
+            "Lower sat.train.max_seq_len, or set sat.train.gradient_checkpointing.",
+            "sat.train.max_seq_len",
             "out_of_memory",
         ) from error
     return DONE

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from sat_core.plan.config import TrainConfig
 
 
-def model_card(config: TrainConfig, summary: dict[str, Any]) -> str:
-    """README.md of the model folder, in the form the hub reads."""
-    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    measured = f"{before:.4f} before, {after:.4f} after" if before and after else "not measured"
+def model_card(config: TrainConfig, summary: dict[str, Any], figures: dict[str, Any]) -> str:
+    """README.md of the model folder, in the form the hub reads; `figures` are the corpus'."""
+    licence = base_licence(config.model_path)
+    sat = config.sat
+    rows = [
+        ("base model", f"{config.model_name} {config.model_revision or ''}".strip()),
+        ("licence of the base model", licence or "not stated in its model card"),
+        *(("data", _file(entry)) for entry in figures.get("files", [])),
+        ("steps, tokens", f"{summary['steps']}, {summary['trained_tokens']}"),
+        (
+            "mean omission rate, MLP / attention",
+            f"{summary['mean_omission_rate_mlp']:.3f} / {summary['mean_omission_rate_attention']:.3f}",
+        ),
+        (
+            "sparsity",
+            f"{sat.schedule}, {sat.dense_start:g} dense start, {sat.sparse_share:g} sparse share, {sat.rungs} rungs; "
+            f"{sat.metric}, {sat.selector}, allotment {sat.allotment}, refresh every {sat.refresh_every}",
+        ),
+        (
+            "held-out loss",
+            _pair(summary["eval_loss_before"], summary["eval_loss_after"]),
+        ),
+        (
+            "loss on the base model's own text (rises as it forgets)",
+            _pair(summary["forgetting_loss_before"], summary["forgetting_loss_after"]),
+        ),
+        ("FLOPs, share of dense", f"{summary['flops'] / max(1, summary['dense_flops']):.3f}"),
+        (
+            "tuning, learning rate, batch, seed",
+            f"{config.tuning}, {config.learning_rate:g}, {config.batch_size}, {config.seed}",
+        ),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    front = f"base_model: {config.model_name}\n" + (f"license: {licence}\n" if licence else "")
     return f"""---
-base_model: {config.model_name}
-library_name: transformers
+{front}library_name: transformers
 pipeline_tag: text-generation
 tags: [satune, sparsity-accelerated-training]
 ---
@@ -25,10 +56,25 @@ The base model's licence applies to it.
 
 | | |
 |---|---|
-| base model | {config.model_name} {config.model_revision or ""} |
-| steps, tokens | {summary["steps"]}, {summary["trained_tokens"]} |
-| mean omission rate, MLP / attention | {summary["mean_omission_rate_mlp"]:.3f} / {summary["mean_omission_rate_attention"]:.3f} |
-| held-out loss | {measured} |
-| FLOPs, share of dense | {summary["flops"] / summary["dense_flops"]:.3f} |
-| learning rate, batch, seed | {config.learning_rate:g}, {config.batch_size}, {config.seed} |
+{table}
 """
+
+
+def base_licence(model_path: str | None) -> str | None:
+    """The licence that the base model's own card states."""
+    card = Path(model_path or "") / "README.md"
+    if not model_path or not card.is_file():
+        return None
+    found = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
+    line = re.search(r"^license:\s*(\S+)", found[1], re.MULTILINE) if found else None
+    return line[1] if line else None
+
+
+def _file(entry: dict[str, Any]) -> str:
+    return f"{entry.get('filename', '?')} (SHA-256 {str(entry.get('sha256', '?'))[:16]})"
+
+
+def _pair(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "not measured"
+    return f"{before:.4f} before, {after:.4f} after"

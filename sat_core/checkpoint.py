@@ -1,8 +1,9 @@
 """Checkpoints, written whole or not at all, and read only when every byte is as it was written.
 
     step-000100/model/                 the merged dense model, loadable by any Hugging Face tool
+    step-000100/adapters.safetensors   with LoRA: the adapters, of the dense size
     step-000100/optimizer.safetensors  moments, of the dense size: exp_avg is zero where a unit sleeps
-    step-000100/selection.safetensors  awake and ever-trained units of each block, and the random state
+    step-000100/selection.safetensors  awake and ever-trained units and scores of each block, and the random state
     step-000100/state.json             step, counters, format version
     step-000100/MANIFEST.json          size and SHA-256 of each file above
 
@@ -25,7 +26,7 @@ from sat_core.plan.errors import PlanError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sat_core.model import Sparsity
+    from sat_core.sparsity import Sparsity
 
 CHECKPOINT_FORMAT = "satune.checkpoint/1"
 
@@ -36,22 +37,28 @@ class CheckpointError(PlanError):
     code = "no_checkpoint"
 
 
+def name_of(step: int) -> str:
+    """Folder name of the checkpoint after `step` finished steps."""
+    return f"step-{step:06d}"
+
+
 def save(folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, Any]) -> Path:
     """Write `folder`/step-NNNNNN for `state["step"]` finished steps; returns it.
 
     Raises:
         OSError: where the disk is full; nothing half-written stays.
     """
-    target = folder / f"step-{state['step']:06d}"
+    target = folder / name_of(state["step"])
     scratch = folder / f".{target.name}-{os.getpid()}"
     scratch.mkdir(parents=True)
+    state = {"format": CHECKPOINT_FORMAT, "share": sparsity.share, "cap": sparsity.cap, **state}
     try:
         save_dense(scratch / "model", sparsity, tokenizer)
+        if adapters := _adapters(sparsity):
+            save_file(adapters, scratch / "adapters.safetensors")
         save_file(_moments(sparsity), scratch / "optimizer.safetensors")
         save_file(_selection(sparsity), scratch / "selection.safetensors")
-        (scratch / "state.json").write_text(
-            json.dumps({"format": CHECKPOINT_FORMAT, **state}), "utf-8"
-        )
+        (scratch / "state.json").write_text(json.dumps(state), "utf-8")
         files = sorted(p for p in scratch.rglob("*") if p.is_file())
         manifest = {
             str(p.relative_to(scratch)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
@@ -71,11 +78,35 @@ def save(folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, Any]
 
 def save_dense(folder: Path, sparsity: Sparsity, tokenizer: Any) -> None:
     """Write the merged dense model and its tokenizer as a Hugging Face folder."""
-    sparsity.model.save_pretrained(folder, state_dict=sparsity.dense_state_dict())
+    state = sparsity.dense_state_dict()
+    if sparsity.core is not sparsity.model:
+        state = merged_state_dict(sparsity, state)
+    sparsity.core.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
         # safetensors writes for its owner alone; a model is read by other tools, often as another user.
         path.chmod(0o644)
+
+
+def merged_state_dict(
+    sparsity: Sparsity, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The stock model's state dict, LoRA's products added to the projections that they adapt: W + scale B A."""
+    merged: dict[str, torch.Tensor] = {}
+    adapted = {n: m for n, m in sparsity.model.named_modules() if hasattr(m, "base_layer")}
+    prefix = "base_model.model."
+    for name, tensor in state.items():
+        owner, _, leaf = name.removeprefix(prefix).partition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        module = adapted.get(prefix + owner)
+        if module is not None and leaf == "weight":
+            for adapter, scale in module.scaling.items():
+                down, up = (state[f"{prefix}{owner}.lora_{x}.{adapter}.weight"] for x in "AB")
+                delta = scale * (up @ down)
+                tensor = tensor + (delta.T if module.fan_in_fan_out else delta)
+        merged[f"{owner}.{leaf}" if leaf else owner] = tensor
+    return merged
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -127,14 +158,30 @@ def restore(folder: Path, sparsity: Sparsity) -> None:
             keys = ("step", "exp_avg", "exp_avg_sq")
             state = {key: moments[f"{name}.{key}"].to(parameter.device) for key in keys}
             optimizer.state[parameter] = state
+    if (folder / "adapters.safetensors").exists():
+        sparsity.model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
     selection = load_file(folder / "selection.safetensors")
     for block in sparsity.blocks:
-        name = f"{block.kind}.{block.layer}"
+        name, device = f"{block.kind}.{block.layer}", block.awake_K.device
         block.refresh(selection[f"{name}.awake"], optimizer)
-        block.trained_U = selection[f"{name}.trained"].to(block.awake_K.device)
+        block.trained_U = selection[f"{name}.trained"].to(device)
+        if f"{name}.score" in selection:
+            block.score_U = selection[f"{name}.score"].to(device)
+        if f"{name}.bias" in selection:
+            sparsity.bias[id(block)] = selection[f"{name}.bias"].to(device)
+    state = json.loads((folder / "state.json").read_text("utf-8"))
+    sparsity.share, sparsity.cap = state["share"], state["cap"]
     torch.set_rng_state(selection["rng"])
     if "rng_cuda" in selection:
         torch.cuda.set_rng_state(selection["rng_cuda"])
+
+
+def _adapters(sparsity: Sparsity) -> dict[str, torch.Tensor]:
+    """The trained tensors of a peft model; its base is where it was."""
+    if sparsity.core is sparsity.model:
+        return {}
+    state = sparsity.dense_state_dict()
+    return {name: t.contiguous() for name, t in state.items() if ".lora_" in name}
 
 
 def _moments(sparsity: Sparsity) -> dict[str, torch.Tensor]:
@@ -163,8 +210,12 @@ def _selection(sparsity: Sparsity) -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for block in sparsity.blocks:
-        tensors[f"{block.kind}.{block.layer}.awake"] = block.awake_K
-        tensors[f"{block.kind}.{block.layer}.trained"] = block.trained_U
+        name = f"{block.kind}.{block.layer}"
+        tensors |= {f"{name}.awake": block.awake_K, f"{name}.trained": block.trained_U}
+        if block.score_U is not None:
+            tensors[f"{name}.score"] = block.score_U.contiguous()
+        if (bias := sparsity.bias.get(id(block))) is not None:
+            tensors[f"{name}.bias"] = bias
     return tensors
 
 

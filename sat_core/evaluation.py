@@ -1,18 +1,29 @@
-"""Held-out loss and samples, always of the merged dense model: what a person takes home is what is measured."""
+"""What a run is judged by, always on the merged dense model: what a person takes home is what is measured.
+
+Held-out loss tells what was learned. What was forgotten is told by the loss on text that the base model itself wrote before
+the run: its rise is an estimate of the KL divergence from the base model, in any language and for any model, with no data
+set to choose. Samples are for the eye.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sat_core.model import Sparsity, token_loss
+from sat_core.data.corpus import Batch
+from sat_core.loss import token_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from sat_core.data.corpus import Corpus
+    from sat_core.sparsity import Sparsity
+
+OWN_TEXT_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +33,43 @@ class HeldOut:
     loss: float
     token_accuracy: float
     tokens: int
+
+
+@dataclass
+class Measures:
+    """Before and after, as far as they are known; part of every checkpoint.
+
+    `own_text` is what the base model wrote, token ids of equal length; its losses are in nats a token.
+    """
+
+    first: HeldOut | None = None
+    last: HeldOut | None = None
+    own_text: list[list[int]] = field(default_factory=list)
+    forgetting_before: float | None = None
+    forgetting_after: float | None = None
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Measures:
+        """From `asdict`."""
+        held = {k: HeldOut(**state[k]) if state[k] else None for k in ("first", "last")}
+        return cls(**{**state, **held})
+
+    def summary(self) -> dict[str, Any]:
+        """The measured part of a result."""
+        return {
+            "eval_loss_before": self.first.loss if self.first else None,
+            "eval_loss_after": self.last.loss if self.last else None,
+            "eval_token_accuracy_before": self.first.token_accuracy if self.first else None,
+            "eval_token_accuracy_after": self.last.token_accuracy if self.last else None,
+            "forgetting_loss_before": self.forgetting_before,
+            "forgetting_loss_after": self.forgetting_after,
+            "samples": self.samples,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
 
 
 @torch.no_grad()
@@ -35,16 +83,41 @@ def evaluate(
             if not alive():
                 return None
             found = token_loss(sparsity.model, corpus.batch(indices, device))
-            total, correct, labels = (
-                total + float(found.total),
-                correct + int(found.correct),
-                labels + found.labels,
-            )
-    return (
-        HeldOut(loss=total / labels, token_accuracy=correct / labels, tokens=labels)
-        if labels
-        else None
-    )
+            total, correct = total + float(found.total), correct + int(found.correct)
+            labels += found.labels
+    if not labels:
+        return None
+    return HeldOut(loss=total / labels, token_accuracy=correct / labels, tokens=labels)
+
+
+@torch.no_grad()
+def write_own_text(
+    sparsity: Sparsity, tokenizer: Any, *, sequences: int, seed: int, device: str
+) -> list[list[int]]:
+    """Token ids that the model draws from its own distribution, `sequences` of equal length, the same for the same seed."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None or sequences == 0:
+        return []
+    length = min(OWN_TEXT_TOKENS, sparsity.shape.context - 1)
+    ids_B1 = torch.full((sequences, 1), start, device=device)
+    devices = [device] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        text = _generate(
+            sparsity, ids_B1, max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0
+        )
+    rows: list[list[int]] = text.tolist()
+    return rows
+
+
+@torch.no_grad()
+def own_text_loss(sparsity: Sparsity, text: list[list[int]], device: str) -> float:
+    """Mean loss on `write_own_text`'s result, nats a token."""
+    ids_BT = torch.tensor(text, device=device)
+    lengths_B = torch.full((len(text),), ids_BT.shape[1], device=device)
+    with sparsity.dense_forward():
+        found = token_loss(sparsity.model, Batch(ids_BT, ids_BT, lengths_B))
+    return float(found.total) / found.labels
 
 
 @torch.no_grad()
@@ -52,7 +125,6 @@ def sample(
     sparsity: Sparsity, tokenizer: Any, prompt: str, *, max_new_tokens: int, chat: bool
 ) -> str:
     """Greedy continuation of `prompt` (as a user's turn where the run is supervised on messages)."""
-    model = sparsity.model
     if chat:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -60,20 +132,20 @@ def sample(
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     else:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(next(sparsity.model.parameters()).device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = _generate(sparsity, ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _generate(sparsity: Sparsity, ids_BT: Tensor, **settings: Any) -> Tensor:
+    model = sparsity.model
     model.eval()
     try:
         with sparsity.dense_forward():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id
-                if tokenizer.pad_token_id is not None
-                else tokenizer.eos_token_id,
+            out: Tensor = model.generate(
+                input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True, **settings
             )
     finally:
         model.train()
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return out

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 class EventLog:
-    """Writer of one run folder's events."""
+    """Writer of one run folder's events; a `silent` one (a rank that is not the first) writes none."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._seq = 0
+    def __init__(self, folder: Path, *, silent: bool = False) -> None:
+        path = os.devnull if silent else folder / "events.jsonl"
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._silent, self._seq = silent, 0
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Append one event; numbers that JSON cannot hold (NaN, infinity) become null."""
@@ -39,7 +40,8 @@ class EventLog:
 
     def sync(self) -> None:
         """Make what was written survive a power cut."""
-        os.fsync(self._file)
+        if not self._silent:
+            os.fsync(self._file)
 
     def __enter__(self) -> Self:
         return self

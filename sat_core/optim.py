@@ -7,21 +7,45 @@ weight decay nor momentum.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from sat_core.plan.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 def build_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW (betas .9, .999, eps 1e-8, fused) over all parameters; vectors (norms, biases) are not decayed."""
+    model: nn.Module, *, learning_rate: float, weight_decay: float, kind: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW (betas .9, .999, eps 1e-8) over what requires a gradient; vectors (norms, biases) are not decayed.
+
+    Args:
+        model: whose parameters to train.
+        learning_rate: initial rate of both groups.
+        weight_decay: decoupled decay of matrices.
+        kind: "adamw" is torch's fused one; "adamw_8bit" is torchao's, with moments of eight bits.
+
+    Raises:
+        ConfigError: where torchao is wanted and not installed.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    groups = [g for g in groups if g["params"]]
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "sat.train.optimizer is 'adamw_8bit', which needs the torchao library: pip install torchao.",
+            "sat.train.optimizer",
+            "missing_dependency",
+        ) from error
+    optimizer: Any = AdamW8bit(groups, lr=learning_rate)
+    return optimizer

@@ -14,6 +14,7 @@ Axes: U units of a block, K awake units, R rows of a parameter along the dimensi
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,26 +28,75 @@ class SlicedParameter:
 
     Attributes:
         name: full name in the model.
-        parameter: holds the awake rows, [.., K * rows, ..] along `dim`.
-        owner: module that carries it, whose in_features / out_features are kept true.
+        parameter: holds the awake rows along `dim`.
+        owner: the module that carries it, whose in_features / out_features are kept true.
         dim: dimension that narrows.
-        rows: rows of that dimension in one unit.
+        segments: rows of each unit in each stretch of that dimension; stretches follow each other.
+        num_units: units of the full parameter.
+        out: whether it is the projection back into the residual stream.
+        experts: size of the leading dimension of experts, 1 where there is none; units then count over all experts.
         asleep: rows of the sleeping units, in ascending unit order; None while all are awake.
         asleep_sq: their `exp_avg_sq`; None where the optimizer has not stepped yet.
     """
 
     name: str
     parameter: nn.Parameter
-    owner: nn.Module
+    owner: Any
     dim: int
-    rows: int
+    segments: tuple[int, ...]
+    num_units: int
+    out: bool = False
+    experts: int = 1
     asleep: Tensor | None = None
     asleep_sq: Tensor | None = None
 
-    def row_indices(self, units_K: Tensor) -> Tensor:
-        """Rows of `units_K`, int64 [K * rows]."""
-        offsets_R = torch.arange(self.rows, device=units_K.device)
-        return (units_K[:, None] * self.rows + offsets_R).flatten()
+    def rows(self, units_K: Tensor) -> Tensor:
+        """Rows of ascending `units_K` in the full parameter, int64 [R]; [E, R / E] where there are experts."""
+        per_expert = self.num_units // self.experts
+        local_EK = units_K.view(self.experts, -1) % per_expert
+        stretches, first = [], 0
+        for size in self.segments:
+            offsets_R = torch.arange(size, device=units_K.device)
+            rows_EKR = first + local_EK[..., None] * size + offsets_R
+            stretches.append(rows_EKR.flatten(1))
+            first += per_expert * size
+        rows_ER = torch.cat(stretches, dim=1)
+        return rows_ER if self.experts > 1 else rows_ER[0]
+
+    def take(self, full: Tensor, units_K: Tensor) -> Tensor:
+        """Rows of `units_K`, copied out of a tensor of the full parameter's size."""
+        rows = self.rows(units_K.to(full.device))
+        if self.experts == 1:
+            return full.index_select(self.dim, rows)
+        picked = [t.index_select(self.dim - 1, r) for t, r in zip(full, rows, strict=True)]
+        return torch.stack(picked)
+
+    def put(self, full: Tensor, units_K: Tensor, values: Tensor) -> None:
+        """Write the rows of `units_K` into a tensor of the full parameter's size."""
+        rows = self.rows(units_K.to(full.device))
+        values = values.to(full.device, non_blocking=True)
+        if self.experts == 1:
+            full.index_copy_(self.dim, rows, values)
+            return
+        for t, r, v in zip(full, rows, values, strict=True):
+            t.index_copy_(self.dim - 1, r, v)
+
+    def spread(self, values_U: Tensor) -> Tensor:
+        """A value for each unit, laid along the parameter's rows so that it broadcasts against the full parameter."""
+        values_EU = values_U.view(self.experts, -1)
+        rows_ER = torch.cat([values_EU.repeat_interleave(s, dim=1) for s in self.segments], dim=1)
+        shape = [1] * self.parameter.dim()
+        shape[self.dim] = -1
+        if self.experts > 1:
+            shape[0] = self.experts
+        return rows_ER.reshape(shape)
+
+    def unit_rows(self, full: Tensor) -> list[Tensor]:
+        """The full parameter as one matrix [U, rows * rest] for each segment."""
+        moved = full.movedim(self.dim, 0 if self.experts == 1 else 1)
+        moved = moved.reshape(self.experts, moved.shape[self.experts > 1], -1)
+        sizes = [s * self.num_units // self.experts for s in self.segments]
+        return [stretch.reshape(self.num_units, -1) for stretch in torch.split(moved, sizes, dim=1)]
 
 
 @dataclass
@@ -58,7 +108,12 @@ class SlicedBlock:
         kind: "mlp" or "attention".
         module: the submodule whose forward uses these parameters and no other block's.
         parts: its sliced parameters.
+        num_units: U; consecutive stretches of U / `stretches` units (one a KV group, or one an expert) have equally many
+            awake.
+        attributes: (owner, attribute, value per awake unit) that the stock forward reads and that must follow the width.
+        asleep_on: device where sleepers wait.
         trained_U: bool [U], units that were awake in an optimizer step.
+        score_U: float32 [U], the last scores; None before the first.
     """
 
     layer: int
@@ -66,8 +121,12 @@ class SlicedBlock:
     module: nn.Module
     parts: list[SlicedParameter]
     num_units: int
+    stretches: int = 1
+    attributes: list[tuple[Any, str, float]] = field(default_factory=list)
+    asleep_on: str = "device"
     awake_K: Tensor = field(init=False)
     trained_U: Tensor = field(init=False)
+    score_U: Tensor | None = field(default=None, init=False)
     _narrow: list[Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -81,38 +140,43 @@ class SlicedBlock:
         return len(self.awake_K)
 
     @property
+    def widened(self) -> bool:
+        """Whether the full weights are in place for a probe or an evaluation."""
+        return self._narrow is not None
+
+    @property
+    def out(self) -> SlicedParameter:
+        """The projection back into the residual stream."""
+        return next(part for part in self.parts if part.out)
+
+    @property
     def asleep_units(self) -> Tensor:
         """Ascending units that sleep, int64 [U - K]."""
         return _complement(self.awake_K, self.num_units)
 
     @torch.no_grad()
-    def refresh(self, awake_K: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def refresh(
+        self,
+        awake_K: Tensor,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        stepped: bool = True,
+    ) -> None:
         """Merge and part anew, weights and moments alike; only between optimizer steps.
 
         Args:
-            awake_K: units to be awake, int64 [K], distinct, in [0, U).
+            awake_K: units to be awake, int64 [K], distinct, in [0, U), equally many in each stretch.
             optimizer: AdamW over the model's parameters, whose moments move with their units.
+            stepped: whether the units that were awake until now were in an optimizer step.
 
         Raises:
-            ValueError: for indices that are not distinct units of this block.
+            ValueError: for indices that are not such units of this block.
             RuntimeError: while a gradient exists, or while the block is widened.
         """
         awake_K = awake_K.to(self.awake_K.device).sort().values
-        if (
-            len(awake_K) < 1
-            or awake_K[0] < 0
-            or awake_K[-1] >= self.num_units
-            or bool((awake_K.diff() < 1).any())
-        ):
-            raise ValueError(
-                f"awake units must be distinct and in [0, {self.num_units}); got {awake_K.tolist()}"
-            )
-        if self._narrow is not None or any(part.parameter.grad is not None for part in self.parts):
-            raise RuntimeError(
-                "refresh between optimizer steps only: a gradient exists or a probe is running"
-            )
+        self._check(awake_K)
         states = [optimizer.state.get(part.parameter) if optimizer else None for part in self.parts]
-        if any(states):
+        if stepped and any(states):
             self.trained_U[self.awake_K] = True
         if torch.equal(awake_K, self.awake_K):
             return
@@ -121,10 +185,11 @@ class SlicedBlock:
             if state:
                 self._move_moments(part, state, awake_K, sleepers)
             full = self.dense(part)
-            awake, part.asleep = _part(part, full, awake_K, sleepers)
+            part.asleep = self._waiting(part.take(full, sleepers)) if len(sleepers) else None
+            awake = part.take(full, awake_K) if len(sleepers) else full
             _replace(part.parameter, awake)
-            _state_features(part)
         self.awake_K = awake_K
+        self._tell_width(self.num_awake)
 
     def dense(self, part: SlicedParameter) -> Tensor:
         """The full parameter, awake and asleep rows in their places; the parameter's own tensor while all are awake."""
@@ -137,10 +202,9 @@ class SlicedBlock:
         average, square = state["exp_avg"], state["exp_avg_sq"]
         if part.asleep is None:
             return average, square
-        asleep_sq = torch.zeros_like(part.asleep) if part.asleep_sq is None else part.asleep_sq
-        return self._merge(part, average, torch.zeros_like(part.asleep)), self._merge(
-            part, square, asleep_sq
-        )
+        nothing = torch.zeros_like(part.asleep)
+        asleep_sq = nothing if part.asleep_sq is None else part.asleep_sq
+        return self._merge(part, average, nothing), self._merge(part, square, asleep_sq)
 
     @torch.no_grad()
     def widen(self) -> None:
@@ -151,6 +215,7 @@ class SlicedBlock:
         self._narrow = [part.parameter.data for part in self.parts]
         for part, tensor in zip(self.parts, full, strict=True):
             part.parameter.data = tensor
+        self._tell_width(self.num_units)
 
     def narrow(self) -> None:
         """Put the awake rows back after `widen`."""
@@ -159,6 +224,39 @@ class SlicedBlock:
         for part, tensor in zip(self.parts, self._narrow, strict=True):
             part.parameter.data = tensor
         self._narrow = None
+        self._tell_width(self.num_awake)
+
+    def _check(self, awake_K: Tensor) -> None:
+        good = len(awake_K) > 0 and int(awake_K[0]) >= 0 and int(awake_K[-1]) < self.num_units
+        if not good or bool((awake_K.diff() < 1).any()):
+            raise ValueError(
+                f"awake units must be distinct and in [0, {self.num_units}); got {awake_K.tolist()}"
+            )
+        counts = (awake_K // (self.num_units // self.stretches)).bincount(minlength=self.stretches)
+        if bool((counts != counts[0]).any()):
+            raise ValueError(
+                f"equally many units must be awake in each of {self.stretches} stretches; got {counts.tolist()}"
+            )
+        if self._narrow is not None or any(part.parameter.grad is not None for part in self.parts):
+            raise RuntimeError(
+                "refresh between optimizer steps only: a gradient exists or a probe is running"
+            )
+
+    def _tell_width(self, num_units: int) -> None:
+        for owner, name, per_unit in self.attributes:
+            setattr(owner, name, round(num_units * per_unit))
+        for owner in {id(part.owner): part.owner for part in self.parts}.values():
+            if isinstance(owner, nn.Linear):
+                owner.out_features, owner.in_features = owner.weight.shape
+            elif hasattr(owner, "nf"):
+                owner.nx, owner.nf = owner.weight.shape
+
+    def _waiting(self, rows: Tensor) -> Tensor:
+        """Sleepers' rows where they wait."""
+        if self.asleep_on == "device":
+            return rows
+        host = rows.cpu()
+        return host.pin_memory() if rows.is_cuda else host
 
     def _merge(self, part: SlicedParameter, awake: Tensor, asleep: Tensor | None) -> Tensor:
         if self.num_awake == self.num_units:
@@ -166,51 +264,52 @@ class SlicedBlock:
         if asleep is None:
             raise AssertionError("units sleep, but their rows are nowhere")
         size = list(awake.shape)
-        size[part.dim] = self.num_units * part.rows
+        size[part.dim] = size[part.dim] * self.num_units // self.num_awake
         full = awake.new_empty(size)
-        full.index_copy_(part.dim, part.row_indices(self.awake_K), awake)
-        return full.index_copy_(part.dim, part.row_indices(self.asleep_units), asleep)
+        part.put(full, self.awake_K, awake)
+        part.put(full, self.asleep_units, asleep)
+        return full
 
     def _move_moments(
         self, part: SlicedParameter, state: dict[str, Any], awake_K: Tensor, sleepers: Tensor
     ) -> None:
         average, square = state["exp_avg"], state["exp_avg_sq"]
-        kept = (
-            average
-            if part.asleep is None
-            else self._merge(part, average, torch.zeros_like(part.asleep))
-        )
-        state["exp_avg"] = kept.index_select(part.dim, part.row_indices(awake_K))
-        full = self._merge(part, square, self._asleep_square(part, square))
-        state["exp_avg_sq"], part.asleep_sq = _part(part, full, awake_K, sleepers)
+        if part.asleep is not None:
+            average = self._merge(part, average, torch.zeros_like(part.asleep))
+            square = self._merge(part, square, self._asleep_square(part, square))
+        state["exp_avg"] = part.take(average, awake_K)
+        state["exp_avg_sq"] = part.take(square, awake_K) if len(sleepers) else square
+        part.asleep_sq = self._waiting(part.take(square, sleepers)) if len(sleepers) else None
 
-    def _asleep_square(self, part: SlicedParameter, square: Tensor) -> Tensor | None:
+    def _asleep_square(self, part: SlicedParameter, square: Tensor) -> Tensor:
         """Second moments of the sleepers; those that never trained get the mean over the awake ones."""
         if part.asleep is None:
-            return None
-        never = ~self.trained_U[self.asleep_units]
+            raise AssertionError("nobody sleeps")
         kept = part.asleep_sq
-        if kept is None or bool(never.any()):
-            mean = square.mean(part.dim, keepdim=True).expand_as(part.asleep)
-            rows = never.repeat_interleave(part.rows)
-            shape = [-1 if d == part.dim else 1 for d in range(square.dim())]
-            kept = mean.clone() if kept is None else torch.where(rows.view(shape), mean, kept)
+        never_U = ~self.trained_U
+        if kept is None or bool(never_U[self.asleep_units].any()):
+            mean = square.mean(part.dim, keepdim=True).to(part.asleep.device)
+            never = part.take(part.spread(never_U), self.asleep_units).to(part.asleep.device)
+            mean = mean.expand_as(part.asleep)
+            kept = mean.clone() if kept is None else torch.where(never, mean, kept)
         return kept
+
+
+def follow(module: nn.Module, path: str) -> tuple[Any, str]:
+    """Owner and name of an attribute below `module`; a config on the way is made this module's own copy."""
+    owner: Any = module
+    *steps, name = path.split(".")
+    for step in steps:
+        own = copy.copy(getattr(owner, step))
+        setattr(owner, step, own)
+        owner = own
+    return owner, name
 
 
 def _complement(units_K: Tensor, num_units: int) -> Tensor:
     mask_U = torch.ones(num_units, dtype=torch.bool, device=units_K.device)
     mask_U[units_K] = False
     return mask_U.nonzero().flatten()
-
-
-def _part(
-    part: SlicedParameter, full: Tensor, awake_K: Tensor, sleepers: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    if len(sleepers) == 0:
-        return full, None
-    awake = full.index_select(part.dim, part.row_indices(awake_K))
-    return awake, full.index_select(part.dim, part.row_indices(sleepers))
 
 
 def _replace(parameter: nn.Parameter, tensor: Tensor) -> None:
@@ -223,8 +322,3 @@ def _replace(parameter: nn.Parameter, tensor: Tensor) -> None:
         0, dtype=torch.float16 if tensor.dtype != torch.float16 else torch.float32
     )
     parameter.data = tensor
-
-
-def _state_features(part: SlicedParameter) -> None:
-    if isinstance(part.owner, nn.Linear):
-        part.owner.out_features, part.owner.in_features = part.owner.weight.shape

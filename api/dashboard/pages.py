@@ -220,17 +220,17 @@ def _plan(job: JobRecord) -> list[dict[str, Any]]:
     """The ladder as resolved, so that the chart shows where the run is going. Steps are 1-based, as in metrics."""
     if job.config is None:
         return []
-    config = TrainConfig.from_dict(job.config)
-    if not config.sparse:
+    sat = TrainConfig.from_dict(job.config).sat
+    if not sat.sparse:
         return []
     return [
         {
             "first": phase.first_step + 1,
             "last": phase.last_step + 1,
-            "mlp": config.mlp_rate * phase.share,
-            "attention": config.attention_rate * phase.share,
+            "mlp": sat.mlp_rate * phase.share,
+            "attention": sat.attention_rate * phase.share,
         }
-        for phase in config.ladder.phases()
+        for phase in sat.ladder.phases()
     ]
 
 

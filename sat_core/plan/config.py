@@ -1,13 +1,15 @@
 """The full configuration of a run: every number stated, nothing left to a default at run time.
 
-`plan.resolve` makes it once from a request and a corpus; it is frozen with the job and is all that `sat_core train`
-reads. The file names its format version; another version is refused, never guessed at.
+`plan.resolve` makes a `TrainConfig` once from a request and a corpus; it is frozen with the job and is all that
+`sat_core train` reads. The file names its format version; another version is refused, never guessed at. `SatConfig`, the
+part that is the method, is also what a researcher's own loop gives to `sparsify`.
 """
 
 from __future__ import annotations
 
+import typing
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.families import ModelShape
@@ -17,13 +19,95 @@ TRAIN_FORMAT = "satune.train/1"
 PREPARE_FORMAT = "satune.prepare/1"
 PREPARED_FORMAT = "satune.prepared/1"
 
+Metric = Literal["activation", "fluctuation", "maxip", "wanda", "magnitude", "taylor", "uniform"]
+Selector = Literal["top_k", "sample", "mixed"]
+Allotment = Literal["sensitivity", "exempt", "uniform"]
+LadderType = Literal["ladder", "linear", "cosine"]
+AttentionUnit = Literal["kv_group", "query_head"]
+AsleepOn = Literal["device", "host"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SatConfig:
+    """Which units sleep, when, and how they are chosen.
+
+    Attributes:
+        total_steps: optimizer steps of the run.
+        mlp_rate, attention_rate: omission rates in [0, 1), means over all layers.
+        schedule, dense_start, sparse_share, rungs: see `plan.schedule`.
+        allotment: how a mean rate is spread over layers; see `sat_core.allotment`.
+        metric: score of a unit; see `sat_core.importance`.
+        selector, temperature, explore: how scores become a choice; see `sat_core.selection`.
+        ema: weight in [0, 1) of the older scores at a refresh.
+        refresh_every: steps between choices inside a stage of the ladder; 0 chooses when a stage begins only.
+        attention_unit: whole KV groups, or one query head in every group.
+        compensation: add the mean contribution of the sleepers as a fixed bias (FLAP, arXiv 2312.11983).
+        asleep_on: where the rows of sleepers wait; "host" is pinned memory.
+        max_gap: nats by which a sparse loss may exceed the dense one before the ladder steps down early; 0 is off.
+        multiple: awake MLP channels are rounded to a multiple of this; None is 128 on a GPU, 8 on a CPU.
+        seed: of random scores and of sampling.
+    """
+
+    total_steps: int
+    mlp_rate: float = 0.5
+    attention_rate: float = 0.0
+    schedule: LadderType = "ladder"
+    dense_start: float = 0.05
+    sparse_share: float = 0.7
+    rungs: int = 4
+    allotment: Allotment = "sensitivity"
+    metric: Metric = "activation"
+    selector: Selector = "top_k"
+    temperature: float = 1.0
+    explore: float = 0.3
+    ema: float = 0.0
+    refresh_every: int = 0
+    attention_unit: AttentionUnit = "kv_group"
+    compensation: bool = False
+    asleep_on: AsleepOn = "device"
+    max_gap: float = 0.0
+    multiple: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), typing.get_args(hint)
+            if typing.get_origin(hint) is Literal and value not in choices:
+                raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(choices)}.", name)
+        for name in ("mlp_rate", "attention_rate", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; allowed is at least 0 and below 1.", name
+                )
+        if self.total_steps < 1 or self.rungs < 1:
+            raise ConfigError(
+                f"total_steps is {self.total_steps} and rungs is {self.rungs}; both must be at least 1.",
+                "total_steps",
+            )
+
+    @property
+    def ladder(self) -> Ladder:
+        """The omission-rate schedule."""
+        return Ladder(
+            total_steps=self.total_steps,
+            dense_start=self.dense_start,
+            sparse_share=self.sparse_share,
+            rungs=self.rungs,
+            type=self.schedule,
+        )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether any unit ever sleeps."""
+        return self.mlp_rate > 0 or self.attention_rate > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run.
 
-    Rates are means over layers in [0, 1). `batch_size` counts sequences per optimizer step, over all
-    micro-batches. `*_every` counts steps, 0 is off. `model_path` is None for a model of the hub.
+    `batch_size` counts sequences per optimizer step, over all micro-batches and ranks. `*_every` counts steps, 0 is off.
+    `model_path` is None for a model of the hub. `data` names the files behind the corpus for the model card.
     """
 
     model_name: str
@@ -41,35 +125,21 @@ class TrainConfig:
     weight_decay: float
     max_grad_norm: float
     precision: str
-    mlp_rate: float
-    attention_rate: float
-    allotment: str
-    dense_start: float
-    sparse_share: float
-    rungs: int
-    metric: str
-    refresh_every: int
+    sat: SatConfig
+    optimizer: str
+    tuning: str
+    lora_rank: int
+    lora_alpha: int
+    gradient_checkpointing: bool
+    compile: bool
+    sharding: str
     eval_every: int
+    forgetting_sequences: int
     prompts: tuple[str, ...]
     max_new_tokens: int
     checkpoint_every: int
     checkpoint_keep: int
     resume_from: str | None = None
-
-    @property
-    def ladder(self) -> Ladder:
-        """The omission-rate schedule."""
-        return Ladder(
-            total_steps=self.total_steps,
-            dense_start=self.dense_start,
-            sparse_share=self.sparse_share,
-            rungs=self.rungs,
-        )
-
-    @property
-    def sparse(self) -> bool:
-        """Whether any unit ever sleeps."""
-        return self.mlp_rate > 0 or self.attention_rate > 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the format version."""
@@ -95,6 +165,10 @@ class TrainConfig:
                 f"config.json lacks {sorted(missing)} and has unknown keys {sorted(unknown)}.",
                 "config",
             )
-        values["shape"] = ModelShape(**values["shape"])
+        try:
+            values["shape"] = ModelShape(**values["shape"])
+            values["sat"] = SatConfig(**values["sat"])
+        except TypeError as error:
+            raise ConfigError(f"config.json: {error}.", "config") from error
         values["prompts"] = tuple(values["prompts"])
         return cls(**values)

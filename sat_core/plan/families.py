@@ -1,13 +1,17 @@
 """Which parameter carries which unit, per architecture: data, not code paths.
 
 A unit is an MLP channel or a whole KV group (its query heads, its key and its value head). It is described by
-(parameter name, dimension, rows per unit), never by a module class, so a biased or a fused projection is one more line
-here and nothing elsewhere. A family is added by naming its parameters and by the twin test that sliced equals masked.
+(parameter name, dimension, segments), never by a module class, so a biased or a fused projection is one more line here and
+nothing elsewhere. A family is added by naming its parameters and by the twin test that sliced equals masked.
+
+Segments say how the rows of a parameter follow its units: each segment holds so many rows of every unit, in unit order,
+and segments follow each other. A fused gate_up is ("channel", "channel"); a fused qkv of three stretches is
+("group", "head", "head"); one that is interleaved per head is ("qkv",).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sat_core.plan.errors import ModelError
@@ -17,61 +21,210 @@ from sat_core.plan.errors import ModelError
 class Slice:
     """One parameter of a decoder layer, and how it follows its units.
 
-    `dim` is the dimension that narrows. `per` counts rows of that dimension in one unit: "channel" is 1,
-    "head" is head_dim, "group" is head_dim times the query heads of one KV group. Optional parameters
+    `dim` is the dimension that narrows. A segment's rows per unit: "channel" 1, "head" head_dim, "group" head_dim times
+    the query heads of one KV group, "qkv" head_dim times those plus two, "query" head_dim of one query head. `out` marks
+    the projection back into the residual stream. `experts` marks a leading dimension of experts. Optional parameters
     (biases) may be absent from a model.
     """
 
     name: str
     dim: int
-    per: str = "channel"
+    segments: tuple[str, ...] = ("channel",)
+    out: bool = False
+    experts: bool = False
     optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Names inside one architecture; `mlp_out` and `attention_out` are the projections back into the residual stream."""
+    """Names inside one architecture.
+
+    Attributes:
+        layers: where the decoder layers are.
+        mlp, attention: the parameters of a layer that carry units; gate before up.
+        mlp_module, attention_module: the submodules whose forward uses them.
+        attributes: (path below the attention module, quantity) that must follow the width, quantity being one of "heads",
+            "kv_heads" and "width" (heads times head_dim).
+        queries: parameters of the other attention unit, one query head in every KV group; empty where it is not supported.
+        keys: names in config.json where they differ from Llama's.
+        gated: whether the MLP has a gate.
+        tied: whether embeddings are tied where config.json is silent.
+        whole_heads_if: a key of config.json that, where true, forbids narrowing the attention (positions live in the heads).
+    """
 
     model_types: tuple[str, ...]
     layers: str
     mlp: tuple[Slice, ...]
     mlp_module: str
-    mlp_out: str
     attention: tuple[Slice, ...]
     attention_module: str
-    attention_out: str
+    attributes: tuple[tuple[str, str], ...] = ()
+    queries: tuple[Slice, ...] = ()
+    keys: dict[str, str] = field(default_factory=dict)
+    gated: bool = True
+    tied: bool = False
+    whole_heads_if: str = ""
 
 
-LLAMA = Family(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
-    layers="model.layers",
-    mlp_module="mlp",
-    mlp_out="mlp.down_proj",
-    mlp=(
-        Slice(name="mlp.gate_proj.weight", dim=0),
-        Slice(name="mlp.up_proj.weight", dim=0),
-        Slice(name="mlp.down_proj.weight", dim=1),
-        Slice(name="mlp.gate_proj.bias", dim=0, optional=True),
-        Slice(name="mlp.up_proj.bias", dim=0, optional=True),
+_GATED_MLP = (
+    Slice(name="mlp.gate_proj.weight", dim=0),
+    Slice(name="mlp.up_proj.weight", dim=0),
+    Slice(name="mlp.down_proj.weight", dim=1, out=True),
+    Slice(name="mlp.gate_proj.bias", dim=0, optional=True),
+    Slice(name="mlp.up_proj.bias", dim=0, optional=True),
+)
+
+
+def _separate_attention(out: str) -> tuple[Slice, ...]:
+    """q, k, v as three projections under self_attn, and the output projection's name."""
+    return (
+        Slice(name="self_attn.q_proj.weight", dim=0, segments=("group",)),
+        Slice(name="self_attn.k_proj.weight", dim=0, segments=("head",)),
+        Slice(name="self_attn.v_proj.weight", dim=0, segments=("head",)),
+        Slice(name=f"self_attn.{out}.weight", dim=1, segments=("group",), out=True),
+        Slice(name="self_attn.q_proj.bias", dim=0, segments=("group",), optional=True),
+        Slice(name="self_attn.k_proj.bias", dim=0, segments=("head",), optional=True),
+        Slice(name="self_attn.v_proj.bias", dim=0, segments=("head",), optional=True),
+    )
+
+
+_QUERIES = (
+    Slice(name="self_attn.q_proj.weight", dim=0, segments=("query",)),
+    Slice(name="self_attn.o_proj.weight", dim=1, segments=("query",), out=True),
+    Slice(name="self_attn.q_proj.bias", dim=0, segments=("query",), optional=True),
+)
+
+_LLAMA: dict[str, Any] = {
+    "layers": "model.layers",
+    "mlp_module": "mlp",
+    "mlp": _GATED_MLP,
+    "attention_module": "self_attn",
+    "attention": _separate_attention("o_proj"),
+    "queries": _QUERIES,
+}
+_EXPERTS = (
+    Slice(name="mlp.experts.gate_up_proj", dim=1, segments=("channel", "channel"), experts=True),
+    Slice(name="mlp.experts.down_proj", dim=2, out=True, experts=True),
+)
+
+FAMILIES = (
+    Family(model_types=("llama", "mistral", "qwen2", "qwen3"), **_LLAMA),
+    Family(model_types=("gemma2", "gemma3_text"), tied=True, **_LLAMA),
+    Family(
+        model_types=("phi3",),
+        layers="model.layers",
+        mlp_module="mlp",
+        mlp=(
+            Slice(name="mlp.gate_up_proj.weight", dim=0, segments=("channel", "channel")),
+            Slice(name="mlp.down_proj.weight", dim=1, out=True),
+        ),
+        attention_module="self_attn",
+        attention=(
+            Slice(name="self_attn.qkv_proj.weight", dim=0, segments=("group", "head", "head")),
+            Slice(name="self_attn.o_proj.weight", dim=1, segments=("group",), out=True),
+        ),
+        attributes=(("config.num_attention_heads", "heads"), ("num_key_value_heads", "kv_heads")),
     ),
-    attention_module="self_attn",
-    attention_out="self_attn.o_proj",
-    attention=(
-        Slice(name="self_attn.q_proj.weight", dim=0, per="group"),
-        Slice(name="self_attn.k_proj.weight", dim=0, per="head"),
-        Slice(name="self_attn.v_proj.weight", dim=0, per="head"),
-        Slice(name="self_attn.o_proj.weight", dim=1, per="group"),
-        Slice(name="self_attn.q_proj.bias", dim=0, per="group", optional=True),
-        Slice(name="self_attn.k_proj.bias", dim=0, per="head", optional=True),
-        Slice(name="self_attn.v_proj.bias", dim=0, per="head", optional=True),
+    Family(
+        model_types=("gpt2",),
+        layers="transformer.h",
+        mlp_module="mlp",
+        mlp=(
+            Slice(name="mlp.c_fc.weight", dim=1),
+            Slice(name="mlp.c_fc.bias", dim=0),
+            Slice(name="mlp.c_proj.weight", dim=0, out=True),
+        ),
+        attention_module="attn",
+        attention=(
+            Slice(name="attn.c_attn.weight", dim=1, segments=("head", "head", "head")),
+            Slice(name="attn.c_attn.bias", dim=0, segments=("head", "head", "head")),
+            Slice(name="attn.c_proj.weight", dim=0, segments=("head",), out=True),
+        ),
+        attributes=(("num_heads", "heads"), ("split_size", "width")),
+        keys={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+        },
+        gated=False,
+        tied=True,
+    ),
+    Family(
+        model_types=("gpt_neox",),
+        layers="gpt_neox.layers",
+        mlp_module="mlp",
+        mlp=(
+            Slice(name="mlp.dense_h_to_4h.weight", dim=0),
+            Slice(name="mlp.dense_h_to_4h.bias", dim=0),
+            Slice(name="mlp.dense_4h_to_h.weight", dim=1, out=True),
+        ),
+        attention_module="attention",
+        attention=(
+            Slice(name="attention.query_key_value.weight", dim=0, segments=("qkv",)),
+            Slice(name="attention.query_key_value.bias", dim=0, segments=("qkv",), optional=True),
+            Slice(name="attention.dense.weight", dim=1, segments=("group",), out=True),
+        ),
+        gated=False,
+    ),
+    Family(
+        model_types=("opt",),
+        layers="model.decoder.layers",
+        mlp_module="",
+        mlp=(
+            Slice(name="fc1.weight", dim=0),
+            Slice(name="fc1.bias", dim=0, optional=True),
+            Slice(name="fc2.weight", dim=1, out=True),
+        ),
+        attention_module="self_attn",
+        attention=_separate_attention("out_proj"),
+        attributes=(("num_heads", "heads"),),
+        keys={"intermediate_size": "ffn_dim"},
+        gated=False,
+        tied=True,
+    ),
+    Family(
+        model_types=("falcon",),
+        layers="transformer.h",
+        mlp_module="mlp",
+        mlp=(
+            Slice(name="mlp.dense_h_to_4h.weight", dim=0),
+            Slice(name="mlp.dense_h_to_4h.bias", dim=0, optional=True),
+            Slice(name="mlp.dense_4h_to_h.weight", dim=1, out=True),
+        ),
+        attention_module="self_attention",
+        attention=(
+            Slice(name="self_attention.query_key_value.weight", dim=0, segments=("qkv",)),
+            Slice(
+                name="self_attention.query_key_value.bias",
+                dim=0,
+                segments=("qkv",),
+                optional=True,
+            ),
+            Slice(name="self_attention.dense.weight", dim=1, segments=("group",), out=True),
+        ),
+        attributes=(("num_heads", "heads"), ("num_kv_heads", "kv_heads")),
+        keys={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
+        gated=False,
+        tied=True,
+        whole_heads_if="alibi",
+    ),
+    Family(model_types=("mixtral",), **{**_LLAMA, "mlp": _EXPERTS, "mlp_module": "mlp.experts"}),
+    Family(
+        model_types=("qwen3_moe",),
+        keys={"intermediate_size": "moe_intermediate_size"},
+        **{**_LLAMA, "mlp": _EXPERTS, "mlp_module": "mlp.experts"},
     ),
 )
-FAMILIES = (LLAMA,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The numbers of a model that a plan needs, read from its config.json."""
+    """The numbers of a model that a plan needs, read from its config.json.
+
+    `intermediate` is the width of one expert where there are `experts`, of which a token passes `active_experts`.
+    """
 
     model_type: str
     num_layers: int
@@ -83,6 +236,10 @@ class ModelShape:
     vocab: int
     context: int
     tied: bool
+    gated: bool = True
+    experts: int = 1
+    active_experts: int = 1
+    whole_heads: bool = False
 
     @property
     def heads_per_group(self) -> int:
@@ -90,15 +247,26 @@ class ModelShape:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def mlp_matrices(self) -> int:
+        """Matrices of an MLP: gate, up and down, or two without a gate."""
+        return 3 if self.gated else 2
+
+    @property
     def num_parameters(self) -> int:
-        """Weights of the matrices (norms and biases, a fraction of a per mille, left out)."""
+        """Weights of the matrices (norms, biases, routers and positions left out)."""
         attention = self.hidden * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate
-        return self.num_layers * layer + (1 if self.tied else 2) * self.vocab * self.hidden
+        mlp = self.mlp_matrices * self.hidden * self.intermediate * self.experts
+        embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
+        return self.num_layers * (attention + mlp) + embeddings
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """Every `model_type` that a family describes."""
+    return tuple(name for family in FAMILIES for name in family.model_types)
 
 
 def family_of(model_type: str) -> Family:
@@ -110,9 +278,8 @@ def family_of(model_type: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise ModelError(
-        f"model_type {model_type!r} is not supported; supported: {known}. "
+        f"model_type {model_type!r} is not supported; supported: {', '.join(supported_model_types())}. "
         "A family is added in sat_core/plan/families.py by naming the parameters that carry its units.",
         "model",
     )
@@ -124,24 +291,43 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
     Raises:
         ModelError: where the family is unknown or a number is missing or impossible.
     """
-    family_of(str(config.get("model_type")))
+    family = family_of(str(config.get("model_type")))
+
+    def read(name: str) -> Any:
+        return config.get(family.keys.get(name, name))
+
+    def need(name: str) -> int:
+        value = read(name)
+        if value is None:
+            raise KeyError(family.keys.get(name, name))
+        return int(value)
+
     try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        heads, hidden = need("num_attention_heads"), need("hidden_size")
+        experts = int(config.get("num_local_experts") or config.get("num_experts") or 1)
         shape = ModelShape(
             model_type=str(config["model_type"]),
-            num_layers=int(config["num_hidden_layers"]),
+            num_layers=need("num_hidden_layers"),
             hidden=hidden,
-            intermediate=int(config["intermediate_size"]),
+            intermediate=4 * hidden
+            if not family.gated and read("intermediate_size") is None
+            else need("intermediate_size"),
             num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            num_kv_heads=_kv_heads(config, read, heads),
             head_dim=int(config.get("head_dim") or hidden // max(heads, 1)),
-            vocab=int(config["vocab_size"]),
-            context=int(config.get("max_position_embeddings") or 2048),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            vocab=need("vocab_size"),
+            context=int(read("max_position_embeddings") or 2048),
+            tied=bool(config.get("tie_word_embeddings", family.tied)),
+            gated=family.gated,
+            experts=experts,
+            active_experts=int(read("num_experts_per_tok") or 1) if experts > 1 else 1,
+            whole_heads=bool(family.whole_heads_if and config.get(family.whole_heads_if)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"config.json of the model lacks a usable {error}.", "model") from error
-    numbers = {k: v for k, v in asdict(shape).items() if isinstance(v, int) and k != "tied"}
+    numbers = {
+        k: v for k, v in asdict(shape).items() if isinstance(v, int) and not isinstance(v, bool)
+    }
     wrong = [f"{k} = {v}" for k, v in numbers.items() if v < 1]
     if wrong or shape.num_heads % shape.num_kv_heads:
         raise ModelError(
@@ -149,3 +335,10 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
             "model",
         )
     return shape
+
+
+def _kv_heads(config: dict[str, Any], read: Any, heads: int) -> int:
+    """Falcon says `multi_query` where it means one KV head, and then ignores `num_kv_heads`."""
+    if config["model_type"] == "falcon" and not config.get("new_decoder_architecture"):
+        return 1 if config.get("multi_query", True) else heads
+    return int(read("num_key_value_heads") or heads)

@@ -11,34 +11,36 @@ sees the corpus. Unknown keys are refused with the nearest valid name: a typo in
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sat_core.plan.checking import build, json_schema, plain, refuse_unknown, setting
+from sat_core.plan.config import (
+    Allotment,
+    AsleepOn,
+    AttentionUnit,
+    LadderType,
+    Metric,
+    Selector,
+)
 from sat_core.plan.errors import ConfigError
 
-METRICS = ("maxip", "activation", "uniform")
-ALLOTMENTS = ("uniform", "exempt")
-DATA_FORMATS = ("auto", "text", "messages", "prompt_completion", "alpaca")
-
-
-def _setting(default: Any, doc: str, **limits: Any) -> Any:
-    """A dataclass field with its documentation and its limits (`ge`, `gt`, `le`, `lt`, `choices`)."""
-    return field(default=default, metadata={"doc": doc, **limits})
+DataFormat = Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OmissionRate:
     """Share of units left out, the mean over all layers of that kind of unit."""
 
-    mlp: float | None = _setting(
+    mlp: float | None = setting(
         None, "Share of MLP channels asleep; a warning above .75.", ge=0, lt=1
     )
-    attention: float | None = _setting(
+    attention: float | None = setting(
         None, "Share of KV groups (attention heads) asleep; a warning above .25.", ge=0, lt=1
+    )
+    attention_unit: AttentionUnit = setting(
+        "kv_group", "What sleeps: whole KV groups, or equally many query heads of every group."
     )
 
 
@@ -46,23 +48,42 @@ class OmissionRate:
 class Schedule:
     """LORS, the ladder omission-rate scheduler: dense start, constant stage, rungs down to dense."""
 
-    type: Literal["ladder"] = _setting("ladder", "The only schedule.")
-    dense_start: float = _setting(0.05, "Share of all steps trained dense first.", ge=0, le=1)
-    sparse_share: float = _setting(
+    type: LadderType = setting(
+        "ladder", "How the rate falls to dense: in equal rungs, or along a line or cosine of rungs."
+    )
+    dense_start: float = setting(0.05, "Share of all steps trained dense first.", ge=0, le=1)
+    sparse_share: float = setting(
         0.7, "Share of all steps after which the rungs begin.", ge=0, le=1
     )
-    rungs: int = _setting(4, "Number of rungs; the last one is dense.", ge=1, le=64)
+    rungs: int = setting(4, "Number of rungs; the last one is dense.", ge=1, le=64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
     """How units are scored and how often they are chosen anew."""
 
-    metric: Literal["maxip", "activation", "uniform"] = _setting(
-        "activation", "Formula of the score."
-    )
-    refresh_every: int = _setting(
+    metric: Metric = setting("activation", "Formula of the score.")
+    refresh_every: int = setting(
         0, "Steps between selections inside a rung; 0 chooses at rungs only.", ge=0
+    )
+    ema: float = setting(0.0, "Weight of the older scores at a refresh.", ge=0, lt=1)
+    selector: Selector = setting(
+        "top_k", "The best scores, a draw in proportion to them, or a mix of both."
+    )
+    temperature: float = setting(
+        1.0, "Of the draw: near 0 is top-k, large is uniform.", gt=0, le=1e6
+    )
+    explore: float = setting(0.3, "Share of the awake units that `mixed` draws.", ge=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What watches that sparse training does not drift from the dense model."""
+
+    max_gap: float = setting(
+        0.0,
+        "Nats by which a sparse loss may exceed the dense one before the ladder steps down; 0 is off.",
+        ge=0,
     )
 
 
@@ -70,25 +91,50 @@ class Importance:
 class Train:
     """Optimisation."""
 
-    learning_rate: float | None = _setting(
+    learning_rate: float | None = setting(
         None, "Peak learning rate; overrides the multiplier.", gt=0, le=1
     )
-    lr_schedule: Literal["cosine", "linear", "constant"] = _setting(
-        "cosine", "Decay after the warm-up."
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine", "Decay after the warm-up; wsd is constant and falls over the last fifth."
     )
-    warmup: float = _setting(0.03, "Share of all steps with a rising learning rate.", ge=0, le=1)
-    max_seq_len: int | None = _setting(None, "Tokens in one sequence, at most.", ge=8, le=1_048_576)
-    train_on: Literal["assistant", "all"] = _setting(
+    warmup: float = setting(0.03, "Share of all steps with a rising learning rate.", ge=0, le=1)
+    max_seq_len: int | None = setting(None, "Tokens in one sequence, at most.", ge=8, le=1_048_576)
+    train_on: Literal["assistant", "all"] = setting(
         "assistant", "Which tokens of supervised rows carry loss."
     )
-    max_steps: int | None = _setting(None, "Optimizer steps, in place of n_epochs.", ge=1)
-    micro_batch_size: int | None = _setting(None, "Sequences in one forward pass.", ge=1)
-    weight_decay: float = _setting(0.01, "AdamW's decoupled weight decay.", ge=0, le=1)
-    max_grad_norm: float = _setting(
+    max_steps: int | None = setting(None, "Optimizer steps, in place of n_epochs.", ge=1)
+    micro_batch_size: int | None = setting(None, "Sequences in one forward pass.", ge=1)
+    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay.", ge=0, le=1)
+    max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this global norm; 0 is off.", ge=0
     )
-    precision: Literal["auto", "fp32", "bf16"] = _setting(
+    precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "bf16 is autocast over fp32 parameters."
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = setting(
+        "adamw", "torch's AdamW, or torchao's with moments of eight bits."
+    )
+    tuning: Literal["full", "lora"] = setting(
+        "full", "Train all weights, or low-rank adapters (peft) on a sliced frozen base."
+    )
+    lora_rank: int = setting(16, "Rank of the adapters.", ge=1, le=4096)
+    lora_alpha: int = setting(32, "Scale of the adapters, over their rank.", ge=1)
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again in the backward pass, to save memory."
+    )
+    compile: bool = setting(False, "torch.compile each decoder layer.")
+    sharding: Literal["none", "fsdp"] = setting(
+        "none", "Over several GPUs: plain data parallel, or FSDP2."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixFile:
+    """A file mixed into the training data, usually replay against forgetting."""
+
+    file: str = setting("", "Id of an uploaded file.")
+    weight: float = setting(
+        0.25, "Its sequences for each sequence of the training file.", gt=0, le=100
     )
 
 
@@ -96,50 +142,64 @@ class Train:
 class Data:
     """How rows become sequences."""
 
-    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca"] = _setting(
+    format: DataFormat = setting(
         "auto", "`text` is continual pre-training on all tokens, packed; the others are supervised."
     )
-    validation_split: float | None = _setting(
+    validation_split: float | None = setting(
         None, "Share of sequences held out where no validation file is given.", ge=0, lt=1
     )
+    packing: Literal["auto", "none", "joined", "separate"] = setting(
+        "auto",
+        "Several documents in a sequence, attention crossing (joined, text by default) or kept inside each (separate).",
+    )
+    mix: tuple[MixFile, ...] = setting((), "Further files, with weights.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
     """Held-out evaluation, always on the merged dense model."""
 
-    every: int | None = _setting(
+    every: int | None = setting(
         None, "Steps between evaluations; 0 is before and after only.", ge=0
     )
-    prompts: tuple[str, ...] = _setting(
+    prompts: tuple[str, ...] = setting(
         (), "Continued greedily before and after the run, as samples."
     )
-    max_new_tokens: int = _setting(48, "Length of a sample.", ge=1, le=4096)
+    max_new_tokens: int = setting(48, "Length of a sample.", ge=1, le=4096)
+    forgetting_sequences: int = setting(
+        16,
+        "Sequences of the base model's own text that measure forgetting; 0 is off.",
+        ge=0,
+        le=256,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """What is kept to resume from."""
 
-    every: int | None = _setting(None, "Steps between checkpoints; 0 is at the end only.", ge=0)
-    keep: int = _setting(2, "Newest checkpoints kept.", ge=1, le=1000)
+    every: int | None = setting(None, "Steps between checkpoints; 0 is at the end only.", ge=0)
+    keep: int = setting(2, "Newest checkpoints kept.", ge=1, le=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SatSettings:
     """Sparsity-Accelerated Training and everything else that OpenAI's body has no place for."""
 
-    mode: Literal["auto", "on", "off"] = _setting(
+    mode: Literal["auto", "on", "off"] = setting(
         "auto",
         "auto is sparse where the plan promises at least 1.15x; an explicit omission rate means on.",
     )
     omission_rate: OmissionRate = field(default_factory=OmissionRate)
     schedule: Schedule = field(default_factory=Schedule)
     importance: Importance = field(default_factory=Importance)
-    allotment: Literal["uniform", "exempt"] = _setting(
-        "exempt",
-        "How the rate is spread: the same everywhere, or first and last layers dense and the others higher.",
+    guard: Guard = field(default_factory=Guard)
+    allotment: Allotment = setting(
+        "sensitivity",
+        "How the rate is spread: by measured sensitivity, first and last layers dense, or the same everywhere.",
     )
+    compensation: bool = setting(False, "Add the mean contribution of the sleepers as a bias.")
+    asleep_on: AsleepOn = setting("device", "Where the weights of sleepers wait.")
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     eval: Eval = field(default_factory=Eval)
@@ -150,11 +210,11 @@ class SatSettings:
 class Hyperparameters:
     """OpenAI's three; each a number or "auto" (None here)."""
 
-    n_epochs: int | None = _setting(None, "Passes over the data.", ge=1, le=1000)
-    batch_size: int | None = _setting(
+    n_epochs: int | None = setting(None, "Passes over the data.", ge=1, le=1000)
+    batch_size: int | None = setting(
         None, "Sequences per optimizer step, a packed block counting as one.", ge=1, le=65536
     )
-    learning_rate_multiplier: float | None = _setting(
+    learning_rate_multiplier: float | None = setting(
         None, "Times the base rate for the model's size.", gt=0, le=10_000
     )
 
@@ -175,7 +235,7 @@ class RunRequest:
         Raises:
             ConfigError: naming the field by its dotted path, what came and what is allowed.
         """
-        _refuse_unknown(body, ("model", "seed", "method", "hyperparameters", "sat"), "")
+        refuse_unknown(body, ("model", "seed", "method", "hyperparameters", "sat"), "")
         model = body.get("model")
         if not isinstance(model, str) or not model:
             raise ConfigError(
@@ -194,17 +254,17 @@ class RunRequest:
             model=model,
             seed=seed,
             hyperparameters=hyper,
-            sat=_build(SatSettings, body.get("sat"), "sat"),
+            sat=build(SatSettings, body.get("sat"), "sat"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical JSON form: every field present, tuples as lists."""
-        return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(self)))
+        return typing.cast("dict[str, Any]", plain(dataclasses.asdict(self)))
 
 
 def sat_json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of the `sat` object, made from the same fields that check it."""
-    return _schema(SatSettings)
+    return json_schema(SatSettings)
 
 
 def _hyperparameters(method: Any, direct: Any) -> Hyperparameters:
@@ -212,7 +272,7 @@ def _hyperparameters(method: Any, direct: Any) -> Hyperparameters:
     if method is not None:
         if not isinstance(method, dict):
             raise ConfigError(f"method is {method!r}; allowed is an object with a type.", "method")
-        _refuse_unknown(method, ("type", "supervised", "dpo", "reinforcement"), "method")
+        refuse_unknown(method, ("type", "supervised", "dpo", "reinforcement"), "method")
         kind = method.get("type", "supervised")
         if (
             kind != "supervised"
@@ -225,7 +285,7 @@ def _hyperparameters(method: Any, direct: Any) -> Hyperparameters:
                 "unsupported_parameter",
             )
         supervised = method.get("supervised") or {}
-        _refuse_unknown(supervised, ("hyperparameters",), "method.supervised")
+        refuse_unknown(supervised, ("hyperparameters",), "method.supervised")
         nested = supervised.get("hyperparameters")
     if nested and direct and nested != direct:
         raise ConfigError(
@@ -234,124 +294,4 @@ def _hyperparameters(method: Any, direct: Any) -> Hyperparameters:
             "conflicting_parameters",
         )
     path = "method.supervised.hyperparameters" if nested else "hyperparameters"
-    return _build(Hyperparameters, nested or direct, path)
-
-
-def _build(cls: type, value: Any, path: str) -> Any:
-    if value is None:
-        return cls()
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is {value!r}; allowed is an object.", path)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    _refuse_unknown(value, tuple(fields), path)
-    hints = typing.get_type_hints(cls)
-    checked = {
-        name: _check(hints[name], item, f"{path}.{name}", fields[name])
-        for name, item in value.items()
-    }
-    return cls(**checked)
-
-
-def _refuse_unknown(value: Any, known: tuple[str, ...], path: str) -> None:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is {value!r}; allowed is an object.", path)
-    for name in value:
-        if name in known:
-            continue
-        dotted = f"{path}.{name}" if path else str(name)
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"{dotted} is not a known setting.{hint} Allowed here: {', '.join(known)}.",
-            dotted,
-            "unknown_parameter",
-        )
-
-
-def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any]) -> Any:
-    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
-    if optional:
-        if value is None or value == "auto":
-            return None
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type", hint), value, path)
-    if value is None:
-        return spec.default
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(choices)}.{meant}", path)
-        return value
-    if typing.get_origin(hint) is tuple:
-        if (
-            not isinstance(value, (list, tuple))
-            or not all(isinstance(v, str) for v in value)
-            or len(value) > 16
-        ):
-            raise ConfigError(f"{path} must be a list of at most 16 strings; got {value!r}.", path)
-        return tuple(value)
-    return _number(hint, value, path, spec.metadata, optional=optional)
-
-
-def _number(
-    hint: Any, value: Any, path: str, limits: typing.Mapping[str, Any], *, optional: bool
-) -> int | float:
-    kind = "an integer" if hint is int else "a number"
-    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if good and hint is int:
-        good = float(value).is_integer()
-    low = limits.get("ge", limits.get("gt", -math.inf))
-    high = limits.get("le", limits.get("lt", math.inf))
-    inside = good and (value > low or ("ge" in limits and value == low) or low == -math.inf)
-    inside = inside and (value < high or ("le" in limits and value == high) or high == math.inf)
-    if not inside:
-        raise ConfigError(
-            f"{path} is {value!r}; allowed is {kind}{_range_text(limits)}{', or auto' if optional else ''}.",
-            path,
-        )
-    return int(value) if hint is int else float(value)
-
-
-def _range_text(limits: typing.Mapping[str, Any]) -> str:
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    parts = [f"{words[k]} {limits[k]:g}" for k in ("ge", "gt", "le", "lt") if k in limits]
-    return " " + " and ".join(parts) if parts else ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _schema(hint: Any, spec: dataclasses.Field[Any] | None = None) -> dict[str, Any]:
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        properties = {f.name: _schema(hints[f.name], f) for f in dataclasses.fields(hint)}
-        return {
-            "type": "object",
-            "description": (hint.__doc__ or "").strip(),
-            "properties": properties,
-            "additionalProperties": False,
-        }
-    limits = spec.metadata if spec else {}
-    if isinstance(hint, types.UnionType):
-        inner = next(t for t in typing.get_args(hint) if t is not type(None))
-        number = _schema(inner, spec)
-        description = number.pop("description", "")
-        return {"anyOf": [number, {"const": "auto"}, {"type": "null"}], "description": description}
-    out: dict[str, Any] = {"description": limits.get("doc", "")}
-    if typing.get_origin(hint) is Literal:
-        out |= {"type": "string", "enum": list(typing.get_args(hint))}
-    elif typing.get_origin(hint) is tuple:
-        out |= {"type": "array", "items": {"type": "string"}, "maxItems": 16}
-    else:
-        out |= {"type": "integer" if hint is int else "number"}
-    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-    out |= {names[k]: limits[k] for k in names if k in limits}
-    if spec is not None and spec.default is not dataclasses.MISSING:
-        out["default"] = _plain(spec.default)
-    return out
+    return build(Hyperparameters, nested or direct, path)

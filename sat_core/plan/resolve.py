@@ -5,14 +5,15 @@ One pure function, called before a run and by whoever wants to quote one, so a q
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sat_core.plan.accounting import run_flops_ratio
-from sat_core.plan.config import TrainConfig
+from sat_core.plan.accounting import attention_units, run_flops_ratio
+from sat_core.plan.config import SatConfig, TrainConfig
 from sat_core.plan.errors import ConfigError, DataError
-from sat_core.plan.schedule import Ladder
+from sat_core.plan.families import family_of
 
 if TYPE_CHECKING:
     from sat_core.plan.families import ModelShape
@@ -91,13 +92,7 @@ def resolve(
     epochs = hyper.n_epochs or (1 if figures["packed"] else 3)
     steps = sat.train.max_steps or epochs * per_epoch
     peak = _learning_rate(request, shape)
-    ladder = Ladder(
-        total_steps=steps,
-        dense_start=sat.schedule.dense_start,
-        sparse_share=sat.schedule.sparse_share,
-        rungs=sat.schedule.rungs,
-    )
-    mlp, attention, warnings = _rates(request, shape, ladder, seq_len)
+    sat_config, warnings = _sat_config(request, shape, steps, seq_len)
     micro = min(
         batch,
         sat.train.micro_batch_size
@@ -109,7 +104,7 @@ def resolve(
         model_revision=revision,
         shape=shape,
         corpus=corpus,
-        seed=request.seed if request.seed is not None else 0,
+        seed=request.seed or 0,
         total_steps=steps,
         batch_size=batch,
         micro_batch_size=micro,
@@ -119,15 +114,16 @@ def resolve(
         weight_decay=sat.train.weight_decay,
         max_grad_norm=sat.train.max_grad_norm,
         precision=sat.train.precision,
-        mlp_rate=mlp,
-        attention_rate=attention,
-        allotment=sat.allotment,
-        dense_start=sat.schedule.dense_start,
-        sparse_share=sat.schedule.sparse_share,
-        rungs=sat.schedule.rungs,
-        metric=sat.importance.metric,
-        refresh_every=sat.importance.refresh_every,
+        sat=sat_config,
+        optimizer=sat.train.optimizer,
+        tuning=sat.train.tuning,
+        lora_rank=sat.train.lora_rank,
+        lora_alpha=sat.train.lora_alpha,
+        gradient_checkpointing=sat.train.gradient_checkpointing,
+        compile=sat.train.compile,
+        sharding=sat.train.sharding,
         eval_every=sat.eval.every if sat.eval.every is not None else max(1, steps // 4),
+        forgetting_sequences=sat.eval.forgetting_sequences,
         prompts=sat.eval.prompts,
         max_new_tokens=sat.eval.max_new_tokens,
         checkpoint_every=sat.checkpoints.every
@@ -161,48 +157,74 @@ def _learning_rate(request: RunRequest, shape: ModelShape) -> float:
     )
 
 
-def _rates(
-    request: RunRequest, shape: ModelShape, ladder: Ladder, seq_len: int
-) -> tuple[float, float, list[str]]:
+def _sat_config(
+    request: RunRequest, shape: ModelShape, steps: int, seq_len: int
+) -> tuple[SatConfig, list[str]]:
     sat = request.sat
     asked = sat.omission_rate
     explicit = asked.mlp is not None or asked.attention is not None
     check_mode(request)
-    if sat.mode == "off":
-        return 0.0, 0.0, []
     mlp = asked.mlp if asked.mlp is not None else 0.0 if explicit else DEFAULT_MLP_RATE
-    attention = asked.attention or 0.0
-    ratio = run_flops_ratio(
-        shape,
-        ladder,
-        mlp_rate=mlp,
-        attention_rate=attention,
+    config = SatConfig(
+        total_steps=steps,
+        mlp_rate=0.0 if sat.mode == "off" else mlp,
+        attention_rate=asked.attention or 0.0,
+        schedule=sat.schedule.type,
+        dense_start=sat.schedule.dense_start,
+        sparse_share=sat.schedule.sparse_share,
+        rungs=sat.schedule.rungs,
         allotment=sat.allotment,
-        multiple=CPU_WIDTH_MULTIPLE,
-        seq_len=seq_len,
+        attention_unit=asked.attention_unit,
+        compensation=sat.compensation,
+        asleep_on=sat.asleep_on,
+        max_gap=sat.guard.max_gap,
+        seed=request.seed or 0,
+        **dataclasses.asdict(sat.importance),
     )
-    if sat.mode == "auto" and not explicit and 1 / ratio < WORTHWHILE_SPEEDUP:
-        return (
-            0.0,
-            0.0,
-            [
+    if sat.mode == "auto" and not explicit:
+        ratio = run_flops_ratio(shape, config, multiple=CPU_WIDTH_MULTIPLE, seq_len=seq_len)
+        if 1 / ratio < WORTHWHILE_SPEEDUP:
+            return dataclasses.replace(config, mlp_rate=0.0), [
                 f"Trained dense: sparsity would bound the speed-up at {1 / ratio:.2f}x on this model. Set sat.mode to on to have it anyway."
-            ],
+            ]
+    _refuse_impossible(config, shape)
+    return config, _warnings(config, shape)
+
+
+def _refuse_impossible(config: SatConfig, shape: ModelShape) -> None:
+    if config.attention_rate > 0 and shape.whole_heads:
+        raise ConfigError(
+            f"sat.omission_rate.attention is {config.attention_rate:g}; in this {shape.model_type} model positions live in "
+            "the heads (ALiBi), so only MLP channels can sleep.",
+            "sat.omission_rate.attention",
         )
+    if config.attention_unit == "query_head" and not family_of(shape.model_type).queries:
+        raise ConfigError(
+            f"sat.omission_rate.attention_unit is 'query_head'; for {shape.model_type} only 'kv_group' is supported.",
+            "sat.omission_rate.attention_unit",
+        )
+    if config.compensation and shape.experts > 1:
+        raise ConfigError(
+            "sat.compensation is true; inside experts it is not supported.", "sat.compensation"
+        )
+
+
+def _warnings(config: SatConfig, shape: ModelShape) -> list[str]:
     warnings = []
-    if mlp > 0.75:
+    for kind, rate, limit in (
+        ("mlp", config.mlp_rate, 0.75),
+        ("attention", config.attention_rate, 0.25),
+    ):
+        if rate > limit:
+            warnings.append(
+                f"sat.omission_rate.{kind} is {rate:g}; above {limit:g} quality has been seen to fall."
+            )
+    units = attention_units(shape, config.attention_unit)
+    if config.attention_rate > 0 and units < 4:
         warnings.append(
-            f"sat.omission_rate.mlp is {mlp:g}; above .75 quality has been seen to fall."
+            f"A layer has {units} attention units that can sleep, so the attention rate is realised coarsely."
         )
-    if attention > 0.25:
-        warnings.append(
-            f"sat.omission_rate.attention is {attention:g}; above .25 quality has been seen to fall."
-        )
-    if attention > 0 and shape.num_kv_heads < 4:
-        warnings.append(
-            f"The model has {shape.num_kv_heads} KV groups a layer, so the attention rate is realised coarsely."
-        )
-    return mlp, attention, warnings
+    return warnings
 
 
 def check_mode(request: RunRequest) -> None:

@@ -1,9 +1,9 @@
 """LORS, the ladder omission-rate scheduler, and how a mean rate is spread over layers. Pure data, no torch.
 
-Rate 0 on the dense start [0, dense_start T), the full rate on [dense_start T, sparse_share T), then `rungs` equal
-stages whose rate falls by 1/rungs each, the last one dense (Ma et al. 2024, section on LORS; the fractions are ours,
-the paper's are not public). The road not taken is a rate that falls every step: each width costs a compiled graph and
-a refresh, a ladder needs a handful.
+Rate 0 on the dense start [0, dense_start T), the full rate on [dense_start T, sparse_share T), then down to dense: by
+`rungs` equal stages whose rate falls by 1/rungs each (`ladder`; Ma et al. 2024, section on LORS, whose fractions are not
+public), or along a line or a cosine rounded to the same rungs. The road not taken is a rate that falls every step: each
+width costs a compiled graph and a refresh, a ladder needs a handful.
 
 Steps are 0-based here: step t is the update that takes the model from t to t + 1 finished steps.
 """
@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 MAX_LAYER_RATE = 0.9375
+WSD_DECAY_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,30 +41,41 @@ class Ladder:
     dense_start: float
     sparse_share: float
     rungs: int
+    type: str = "ladder"
 
     def share_at(self, step: int) -> float:
         """Share of the full omission rate at 0-based `step`."""
-        start, constant = math.ceil(self.dense_start * self.total_steps), self._constant_end()
+        start, constant = self._dense_end(), self._constant_end()
         if step < start:
             return 0.0
         if step < constant:
             return 1.0
-        rung = (step - constant) * self._rungs // (self.total_steps - constant)
-        return 1.0 - (rung + 1) / self._rungs
+        rungs, left = self._rungs, self.total_steps - constant
+        if self.type == "ladder":
+            return 1.0 - ((step - constant) * rungs // left + 1) / rungs
+        if step == self.total_steps - 1:
+            return 0.0
+        done = (step - constant + 1) / left
+        wanted = 1.0 - done if self.type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return round(wanted * rungs) / rungs
 
     def phases(self) -> list[Phase]:
         """The run as maximal stretches of equal share, in order; their steps sum to `total_steps`."""
-        edges = [0, math.ceil(self.dense_start * self.total_steps), self._constant_end()]
-        width = self.total_steps - self._constant_end()
-        edges += [
-            self._constant_end() + math.ceil(width * k / self.rungs)
-            for k in range(1, self.rungs + 1)
-        ]
+        edges = [0, self._dense_end(), self._constant_end()]
+        left = self.total_steps - self._constant_end()
+        if self.type == "ladder":
+            edges += [edges[-1] + math.ceil(left * k / self._rungs) for k in range(1, self._rungs)]
+        else:
+            falling = range(edges[-1] + 1, self.total_steps)
+            edges += [t for t in falling if self.share_at(t) != self.share_at(t - 1)]
+        edges.append(self.total_steps)
         phases: list[Phase] = []
         for first, end in itertools.pairwise(edges):
             if end <= first:
                 continue
             share = self.share_at(first)
+            if phases and phases[-1].share == share:
+                first = phases.pop().first_step
             state = "training_dense_start" if first == 0 and share == 0 else _state(share)
             phases.append(Phase(first_step=first, last_step=end - 1, share=share, state=state))
         return phases
@@ -77,9 +89,12 @@ class Ladder:
         """A run too short for all rungs has as many as it has steps left, so that its last step is dense."""
         return max(1, min(self.rungs, self.total_steps - self._constant_end()))
 
+    def _dense_end(self) -> int:
+        return math.ceil(self.dense_start * self.total_steps)
+
     def _constant_end(self) -> int:
-        start = math.ceil(self.dense_start * self.total_steps)
-        return min(self.total_steps, max(start, math.floor(self.sparse_share * self.total_steps)))
+        constant = math.floor(self.sparse_share * self.total_steps)
+        return min(self.total_steps, max(self._dense_end(), constant))
 
 
 def _state(share: float) -> str:
@@ -95,13 +110,13 @@ def _state(share: float) -> str:
 def layer_rates(mean_rate: float, num_layers: int, allotment: str) -> tuple[float, ...]:
     """Omission rate of each layer, their mean being `mean_rate`.
 
-    `uniform` is the same everywhere. `exempt` keeps the first and the last max(1, layers // 16) dense and lets the
-    others give more, up to 15/16; what they cannot give falls back on the exempt ones. On a small model the first
-    layer alone carried nine tenths of the damage, which is why this is the default.
+    `uniform` is the same everywhere; `sensitivity` is planned so, for it is allotted by measurement when a stage of the
+    ladder begins (`sat_core.allotment`) and keeps the mean. `exempt` keeps the first and the last max(1, layers // 16) dense and lets the
+    others give more, up to 15/16; what they cannot give falls back on the exempt ones.
     """
     exempt = max(1, num_layers // 16)
     inner = num_layers - 2 * exempt
-    if allotment == "uniform" or inner < 1 or mean_rate == 0:
+    if allotment != "exempt" or inner < 1 or mean_rate == 0:
         return (mean_rate,) * num_layers
     inner_rate = min(mean_rate * num_layers / inner, max(MAX_LAYER_RATE, mean_rate))
     outer_rate = max(0.0, (mean_rate * num_layers - inner_rate * inner) / (2 * exempt))
@@ -119,12 +134,17 @@ def awake_units(num_units: int, rate: float, multiple: int) -> int:
 def learning_rate_at(
     step: int, *, peak: float, total_steps: int, warmup_steps: int, schedule: str
 ) -> float:
-    """Learning rate of 0-based `step`: linear warm-up, then cosine or linear to zero, or constant."""
+    """Learning rate of 0-based `step`: linear warm-up, then cosine or linear to zero, constant, or `wsd`.
+
+    `wsd` (warm-up, stable, decay; MiniCPM, arXiv 2404.06395) is constant and falls linearly over the last fifth.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     if schedule == "constant":
         return peak
+    if schedule == "wsd":
+        return peak * min(1.0, (1.0 - done) / WSD_DECAY_SHARE)
     if schedule == "linear":
         return peak * (1.0 - done)
     return peak * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.spec import Claim, NewFile, NewJob, new_id
 from jobs.states import Stage
-from sat_core.plan.config import TrainConfig
+from sat_core.plan.config import SatConfig, TrainConfig
 from sat_core.plan.families import ModelShape
 from sat_core.plan.request import RunRequest
 
@@ -54,15 +54,16 @@ def config(total: int) -> TrainConfig:
         weight_decay=0.01,
         max_grad_norm=1.0,
         precision="fp32",
-        mlp_rate=0.5,
-        attention_rate=0.25,
-        allotment="exempt",
-        dense_start=0.05,
-        sparse_share=0.7,
-        rungs=4,
-        metric="activation",
-        refresh_every=0,
+        sat=SatConfig(total_steps=total, mlp_rate=0.5, attention_rate=0.25),
+        optimizer="adamw",
+        tuning="full",
+        lora_rank=16,
+        lora_alpha=32,
+        gradient_checkpointing=False,
+        compile=False,
+        sharding="none",
         eval_every=0,
+        forgetting_sequences=0,
         prompts=(),
         max_new_tokens=48,
         checkpoint_every=0,
@@ -103,7 +104,7 @@ def events(first: int, last: int, total: int) -> list[dict[str, Any]]:
     """Events of steps `first`..`last`, with evaluations at the beginning, the end and every tenth of the run."""
     plan, found, now = config(total), [], time.time() - (last - first) * 0.8
     for step in range(first, last + 1):
-        share = plan.ladder.share_at(step - 1)
+        share = plan.sat.ladder.share_at(step - 1)
         speed = 4100 * (1 + 0.36 * share) + 60 * math.sin(step)
         values = {
             "kind": "metrics",
@@ -115,8 +116,8 @@ def events(first: int, last: int, total: int) -> list[dict[str, Any]]:
             "token_accuracy": 0.4,
             "learning_rate": 5e-4 * (1 + math.cos(math.pi * step / total)),
             "grad_norm": 1.0,
-            "omission_rate_mlp": plan.mlp_rate * share,
-            "omission_rate_attention": plan.attention_rate * share,
+            "omission_rate_mlp": plan.sat.mlp_rate * share,
+            "omission_rate_attention": plan.sat.attention_rate * share,
             "awake_share": 1 - 0.4 * share,
             "tokens_per_second": speed,
             "step_seconds": 4096 / speed,

@@ -10,20 +10,29 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sat_core.model import Sparsity, token_loss
-from sat_core.plan.accounting import step_flops
+from sat_core.loss import token_loss
+from sat_core.plan.accounting import Cost, preview, run_flops_ratio, step_flops
+from sat_core.plan.config import SatConfig
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.request import RunRequest, sat_json_schema
 from sat_core.plan.schedule import Ladder, awake_units, layer_rates
-from tests.sat_core.tiny import random_batch, tiny_model
+from tests.sat_core.tiny import random_batch, sparsity_of, tiny_model
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1), st.integers(1, 9))
+@given(
+    st.integers(1, 3000),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(1, 9),
+    st.sampled_from(["ladder", "linear", "cosine"]),
+)
 def test_phases_cover_every_step_once_and_end_dense(
-    total: int, start: float, share: float, rungs: int
+    total: int, start: float, share: float, rungs: int, type: str
 ) -> None:
-    ladder = Ladder(total_steps=total, dense_start=start, sparse_share=share, rungs=rungs)
+    ladder = Ladder(
+        total_steps=total, dense_start=start, sparse_share=share, rungs=rungs, type=type
+    )
     phases = ladder.phases()
     assert [s for p in phases for s in range(p.first_step, p.last_step + 1)] == list(range(total))
     assert all(ladder.share_at(s) == p.share for p in phases for s in (p.first_step, p.last_step))
@@ -65,23 +74,43 @@ def test_at_least_one_unit_stays_awake(units: int, rate: float, multiple: int) -
     assert awake == units or awake % multiple == 0
 
 
-def test_flops_agree_with_torchs_own_counter() -> None:
-    model = tiny_model()
-    sparsity, batch = Sparsity(model), random_batch(0, rows=2, width=16)
-    for rate in (0.0, 0.5):
-        sparsity.select(
-            mlp_rate=rate, attention_rate=rate, batch=batch, step=0, allotment="uniform"
-        )
+@pytest.mark.parametrize("type", ["ladder", "linear", "cosine"])
+def test_every_schedule_has_as_few_widths_as_the_ladder(type: str) -> None:
+    ladder = Ladder(total_steps=1000, dense_start=0.1, sparse_share=0.5, rungs=4, type=type)
+    assert {p.share for p in ladder.phases()} == {0, 0.25, 0.5, 0.75, 1}
+
+
+def test_a_preview_is_the_run_that_will_be() -> None:
+    shape = sparsity_of(tiny_model()).shape
+    sat = SatConfig(total_steps=100, mlp_rate=0.5, allotment="uniform")
+    rows = preview(shape, sat, multiple=8, seq_len=16)
+    assert [(r["first_step"], r["last_step"], r["omission_rate_mlp"]) for r in rows] == [
+        (1, 5, 0), (6, 70, 0.5), (71, 78, 0.375), (79, 85, 0.25), (86, 93, 0.125), (94, 100, 0),
+    ]  # fmt: skip
+    assert [r["mlp_channels"] for r in rows] == [48, 24, 32, 32, 40, 48]
+    assert rows[0]["flops_share"] == 1
+    assert 0 < rows[1]["flops_share"] < run_flops_ratio(shape, sat, multiple=8, seq_len=16) < 1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "unit"),
+    [("llama", "kv_group"), ("llama", "query_head"), ("gpt2", "kv_group"), ("falcon", "kv_group")],
+)
+def test_flops_agree_with_torchs_own_counter(model_type: str, unit: str) -> None:
+    model = tiny_model(model_type)
+    batch = random_batch(0, rows=2, width=16)
+    sparsity = sparsity_of(model, attention_unit=unit)
+    for narrow in (False, True):
+        if narrow:
+            sparsity.choose(0, batch)
         counter = FlopCounterMode(display=False)
         with counter, sdpa_kernel(SDPBackend.MATH):
             found = token_loss(model, batch)
             found.total.backward()
         model.zero_grad()
         rows, width = batch.input_ids_BT.shape
-        counted = step_flops(
-            sparsity.shape, sparsity.widths,
-            tokens=rows * width, attended_pairs=rows * width * width, labels=found.positions,
-        )  # fmt: skip
+        cost = Cost(tokens=rows * width, attended_pairs=rows * width * width, labels=found.labels)
+        counted = step_flops(sparsity.shape, sparsity.widths, cost)
         assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -97,12 +126,19 @@ def test_flops_agree_with_torchs_own_counter() -> None:
         ),
         ({"sat": {"omission_rate": {"mlp": float("nan")}}}, "sat.omission_rate.mlp", "a number"),
         ({"sat": {"omission_rate": {"mlp": True}}}, "sat.omission_rate.mlp", "a number"),
-        ({"sat": {"importance": {"metric": "wnda"}}}, "sat.importance.metric", "allowed: maxip"),
+        (
+            {"sat": {"importance": {"metric": "wnda"}}},
+            "sat.importance.metric",
+            "allowed: activation",
+        ),
         ({"sat": {"train": {"max_steps": 1.5}}}, "sat.train.max_steps", "an integer"),
         ({"hyperparameters": {"batch_size": 0}}, "hyperparameters.batch_size", "at least 1"),
         ({"method": {"type": "dpo"}}, "method.type", "only 'supervised'"),
         ({"seed": -1}, "seed", "2147483647"),
         ({"sat": []}, "sat", "an object"),
+        ({"sat": {"compensation": 1}}, "sat.compensation", "true or false"),
+        ({"sat": {"data": {"mix": [{"weight": 1, "fil": "x"}]}}}, "sat.data.mix.0.fil", "'file'"),
+        ({"sat": {"data": {"mix": [{"file": ""}]}}}, "sat.data.mix.0.file", "not empty"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_allowed(
@@ -129,11 +165,10 @@ def test_the_schema_lists_every_setting_with_its_limits() -> None:
     schema = sat_json_schema()
     rate = schema["properties"]["omission_rate"]["properties"]["mlp"]["anyOf"][0]
     assert (rate["minimum"], rate["exclusiveMaximum"]) == (0, 1)
-    assert schema["properties"]["importance"]["properties"]["metric"]["enum"] == [
-        "maxip",
-        "activation",
-        "uniform",
-    ]
+    metrics = schema["properties"]["importance"]["properties"]["metric"]["enum"]
+    assert metrics[0] == "activation"
+    assert len(metrics) == 7
+    assert schema["properties"]["data"]["properties"]["mix"]["items"]["type"] == "object"
 
 
 def test_the_plan_loads_no_torch() -> None:

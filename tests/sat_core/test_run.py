@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sat_core.checkpoint import newest_good
 from sat_core.data.corpus import IGNORED_LABEL, Corpus
-from sat_core.model import load_model, token_loss
+from sat_core.loss import token_loss
+from sat_core.model import load_model
 from sat_core.plan.schedule import learning_rate_at
 from tests.sat_core.tiny import prepare, read_events, run_core, write_text
 

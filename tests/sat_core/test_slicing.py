@@ -1,79 +1,86 @@
-"""Sliced equals masked, in float64: forward, backward, update, over several selections."""
+"""Blocks that narrow and widen: what moves with a unit, what is refused, other units than whole KV groups."""
 
 import copy
 
 import pytest
 import torch
 
-from sat_core.model import Sparsity, token_loss
+from sat_core.loss import token_loss
 from sat_core.optim import build_optimizer
-from sat_core.reference import MaskedAdamW, Masks, masked, train_step
-from tests.sat_core.tiny import FAMILIES, random_batch, tiny_model
+from sat_core.reference import MaskedAdamW, masked_loss, masks_of, train_step
+from tests.sat_core.tiny import random_batch, sparsity_of, tiny_model
 
 
-def masks_of(sparsity: Sparsity) -> Masks:
-    masks = {}
-    for block in sparsity.blocks:
-        mask = torch.zeros(block.num_units, dtype=torch.bool)
-        mask[block.awake_K] = True
-        masks[block.kind, block.layer] = mask
-    return masks
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_narrowed_model_computes_what_a_masked_one_does(model_type: str, kv_heads: int) -> None:
-    model = tiny_model(model_type, kv_heads=kv_heads).double()
-    twin = Sparsity(copy.deepcopy(model))
-    sparsity, batch = Sparsity(model), random_batch(1)
-    sparsity.select(mlp_rate=0.5, attention_rate=0.5, allotment="uniform", batch=batch, step=0)
-    assert model.model.layers[0].mlp.gate_proj.weight.shape == (24, 32)
-    assert (model.model.layers[0].self_attn.k_proj.weight.shape[0] < 8 * kv_heads) == (kv_heads > 1)
-    found = token_loss(model, batch)
+def test_a_unit_that_wakes_keeps_its_second_moment_and_starts_without_momentum() -> None:
+    model = tiny_model()
+    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0)
+    sparsity = sparsity_of(model, optimizer)
+    weight = model.model.layers[1].mlp.gate_proj.weight
+    found = token_loss(model, random_batch(0))
     found.total.backward()
-    with masked(twin, masks_of(sparsity)):
-        expected = token_loss(twin.model, batch)
-    expected.total.backward()
-    torch.testing.assert_close(found.total, expected.total, rtol=1e-12, atol=0)
-    for block, other in zip(sparsity.blocks, twin.blocks, strict=True):
-        for part, full in zip(block.parts, other.parts, strict=True):
-            grad = full.parameter.grad.index_select(part.dim, part.row_indices(block.awake_K))
-            torch.testing.assert_close(part.parameter.grad, grad, rtol=1e-9, atol=1e-14)
-            asleep = full.parameter.grad.index_select(
-                part.dim, part.row_indices(block.asleep_units)
-            )
-            assert not asleep.any()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    square, rows = optimizer.state[weight]["exp_avg_sq"].clone(), weight.detach().clone()
+    block = sparsity.mlp[1]
+    block.refresh(torch.arange(8, 48), optimizer)
+    assert optimizer.state[weight]["exp_avg"].shape == (40, 32)
+    assert model.model.layers[1].mlp.gate_proj.out_features == 40
+    block.refresh(torch.arange(48), optimizer)
+    assert torch.equal(optimizer.state[weight]["exp_avg_sq"], square)
+    assert torch.equal(weight, rows)
+    assert not optimizer.state[weight]["exp_avg"][:8].any()
+    assert optimizer.state[weight]["exp_avg"][8:].all()
 
 
-@pytest.mark.parametrize("dense_start", [True, False])
-@pytest.mark.parametrize(
-    ("model_type", "tied"), [("llama", False), ("llama", True), ("qwen2", False)]
-)
-def test_training_through_several_selections_equals_the_reference(
-    model_type: str, tied: bool, dense_start: bool
-) -> None:
-    model = tiny_model(model_type, tied=tied).double()
-    twin = Sparsity(copy.deepcopy(model))
+def test_refresh_is_refused_while_a_gradient_exists() -> None:
+    model = tiny_model()
+    sparsity = sparsity_of(model)
+    token_loss(model, random_batch(0)).total.backward()
+    with pytest.raises(RuntimeError, match="gradient"):
+        sparsity.mlp[0].refresh(torch.arange(8))
+
+
+@pytest.mark.parametrize("units", [[], [0, 0], [48], [-1, 2]])
+def test_refresh_refuses_what_is_not_a_set_of_units(units: list[int]) -> None:
+    with pytest.raises(ValueError, match="distinct"):
+        sparsity_of(tiny_model()).mlp[0].refresh(torch.tensor(units, dtype=torch.long))
+
+
+def test_refresh_refuses_experts_of_different_widths() -> None:
+    block = sparsity_of(tiny_model("mixtral")).mlp[0]
+    with pytest.raises(ValueError, match=r"equally many .* \[3, 1, 0, 0\]"):
+        block.refresh(torch.tensor([0, 1, 2, 48]))
+
+
+def test_every_expert_keeps_channels_of_its_own() -> None:
+    sparsity = sparsity_of(tiny_model("mixtral"))
+    sparsity.choose(0, random_batch(0))
+    chosen = (sparsity.mlp[0].awake_K.view(4, -1) - torch.arange(4)[:, None] * 48).tolist()
+    assert len({tuple(units) for units in chosen}) == 4
+    assert sparsity.model.model.layers[0].mlp.experts.down_proj.shape == (4, 32, 24)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_equally_many_query_heads_of_every_group_may_sleep(model_type: str, kv_heads: int) -> None:
+    model = tiny_model(model_type, kv_heads=kv_heads).double()
+    twin = sparsity_of(copy.deepcopy(model), attention_unit="query_head")
     oracle = MaskedAdamW(twin, learning_rate=3e-3, weight_decay=0.1)
     optimizer = build_optimizer(model, learning_rate=3e-3, weight_decay=0.1)
-    sparsity = Sparsity(model, optimizer)
+    sparsity = sparsity_of(
+        model, optimizer, attention_unit="query_head", total_steps=6, refresh_every=2
+    )
     before = masks_of(sparsity)
-    for step in range(12):
+    for step in range(6):
         batch = random_batch(step)
-        rate = 0.0 if (dense_start and step < 2) or step >= 10 else 0.5 if step < 6 else 0.75
-        if step % 2 == 0:
-            sparsity.select(
-                mlp_rate=rate,
-                attention_rate=rate,
-                allotment="exempt",
-                batch=batch,
-                step=step,
-                metric="uniform",
-                seed=7,
-            )
-            after = masks_of(sparsity)
-            oracle.wake(before, after)
-            before = after
+        if sparsity.begin_step(step, batch):
+            oracle.wake(before, masks_of(sparsity))
+            before = masks_of(sparsity)
+        if step == 0:
+            assert model.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
+            assert model.model.layers[0].self_attn.k_proj.weight.shape == (8 * kv_heads, 32)
+            per_group = sparsity.attention[0].awake_K // (4 // kv_heads)
+            assert per_group.bincount().tolist() == [2 // kv_heads] * kv_heads
         found = token_loss(model, batch)
         (found.total / found.labels).backward()
         optimizer.step()
@@ -85,71 +92,67 @@ def test_training_through_several_selections_equals_the_reference(
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_a_unit_that_wakes_keeps_its_second_moment_and_starts_without_momentum() -> None:
-    model = tiny_model()
-    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0)
-    sparsity = Sparsity(model, optimizer)
-    weight = model.model.layers[1].mlp.gate_proj.weight
-    batch = random_batch(0)
-    found = token_loss(model, batch)
-    found.total.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    square, rows = optimizer.state[weight]["exp_avg_sq"].clone(), weight.detach().clone()
-    block = sparsity.mlp[1]
-    block.refresh(torch.arange(8, 48), optimizer)
-    assert optimizer.state[weight]["exp_avg"].shape == (40, 32)
-    block.refresh(torch.arange(48), optimizer)
-    assert torch.equal(optimizer.state[weight]["exp_avg_sq"], square)
-    assert torch.equal(weight, rows)
-    assert not optimizer.state[weight]["exp_avg"][:8].any()
-    assert optimizer.state[weight]["exp_avg"][8:].all()
-
-
-def test_refresh_is_refused_while_a_gradient_exists() -> None:
-    model = tiny_model()
-    sparsity = Sparsity(model)
-    token_loss(model, random_batch(0)).total.backward()
-    with pytest.raises(RuntimeError, match="gradient"):
-        sparsity.mlp[0].refresh(torch.arange(8))
-
-
-@pytest.mark.parametrize("units", [[], [0, 0], [48], [-1, 2]])
-def test_refresh_refuses_what_is_not_a_set_of_units(units: list[int]) -> None:
-    with pytest.raises(ValueError, match="distinct"):
-        Sparsity(tiny_model()).mlp[0].refresh(torch.tensor(units, dtype=torch.long))
+def test_sleepers_may_wait_in_host_memory() -> None:
+    runs = []
+    for where in ("device", "host"):
+        model = tiny_model()
+        optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.1)
+        sparsity = sparsity_of(model, optimizer, asleep_on=where, total_steps=6, refresh_every=2)
+        for step in range(6):
+            sparsity.begin_step(step, random_batch(step))
+            token_loss(model, random_batch(step)).total.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        sparsity.wake_all()
+        runs.append(model.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
 def test_a_probe_sees_the_dense_model_and_leaves_the_narrow_one_as_it_was() -> None:
     model = tiny_model()
-    sparsity, batch = Sparsity(model), random_batch(2)
-    dense = [
-        s.clone()
-        for s in sparsity.scores(sparsity.blocks, batch, metric="activation", step=0, seed=0)
-    ]
-    sparsity.select(mlp_rate=0.5, attention_rate=0.5, batch=batch, step=0)
+    sparsity, batch = sparsity_of(model), random_batch(2)
+    first = sparsity.choose(0, batch)
+    dense = [b.score_U.clone() for b in sparsity.blocks if b.score_U is not None]
     kept = [p.detach().clone() for p in model.parameters()]
-    again = sparsity.scores(sparsity.blocks, batch, metric="activation", step=0, seed=0)
-    for before, after in zip(dense, again, strict=True):
-        torch.testing.assert_close(before, after)
+    again = sparsity.choose(0, batch)
+    assert first.dense_loss == again.dense_loss
+    assert len(dense) == 8
+    for block, before in zip(sparsity.blocks, dense, strict=True):
+        assert block.score_U is not None
+        torch.testing.assert_close(before, block.score_U)
     assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("metric", ["activation", "maxip", "uniform"])
-def test_selection_keeps_the_highest_scores_and_ignores_padding(metric: str) -> None:
-    model = tiny_model()
-    sparsity, batch = Sparsity(model), random_batch(3)
-    scores = sparsity.scores(sparsity.mlp, batch, metric=metric, step=1, seed=0)
-    wider = batch._replace(
-        input_ids_BT=torch.nn.functional.pad(batch.input_ids_BT, (0, 8), value=9)
-    )
-    for a, b in zip(
-        scores, sparsity.scores(sparsity.mlp, wider, metric=metric, step=1, seed=0), strict=True
-    ):
-        torch.testing.assert_close(a, b)
-    sparsity.select(
-        mlp_rate=0.5, attention_rate=0, allotment="uniform", metric=metric, batch=batch, step=1
-    )
-    for block, score in zip(sparsity.mlp, scores, strict=True):
-        asleep = block.asleep_units
-        assert score[block.awake_K].min() >= score[asleep].max()
+def test_compensation_adds_what_sleepers_give_on_average() -> None:
+    model, batch = tiny_model().double(), random_batch(1)
+    valid = torch.arange(16) < batch.lengths_B[:, None]
+    sparsity = sparsity_of(model, compensation=True, attention_rate=0.0)
+
+    def mean_output() -> torch.Tensor:
+        seen = []
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out))
+        with torch.no_grad():
+            model(input_ids=batch.input_ids_BT)
+        hook.remove()
+        return seen[0][valid].mean(0)
+
+    dense = mean_output()
+    sparsity.choose(0, batch)
+    torch.testing.assert_close(mean_output(), dense, rtol=1e-5, atol=1e-9)
+    bias = sparsity.bias.copy()
+    sparsity.bias.clear()
+    assert not torch.allclose(mean_output(), dense, rtol=1e-3)
+    sparsity.bias.update(bias)
+    sparsity.wake_all()
+    assert torch.equal(mean_output(), dense)
+
+
+def test_the_masked_twin_is_a_different_model() -> None:
+    """The oracle is only worth something where masking changes the loss."""
+    sparsity = sparsity_of(tiny_model().double())
+    dense = masks_of(sparsity)
+    sparsity.choose(0, random_batch(1))
+    masks = masks_of(sparsity)
+    sparsity.wake_all()
+    a, b = (float(masked_loss(sparsity, m, random_batch(1)).detach()) for m in (dense, masks))
+    assert abs(a - b) > 1e-5

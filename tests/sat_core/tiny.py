@@ -9,39 +9,84 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sat_core.__main__ import main
 from sat_core.data.corpus import IGNORED_LABEL, Batch
+from sat_core.model import attention_implementation
+from sat_core.plan.config import SatConfig
+from sat_core.sparsity import Sparsity, sparsify
 
 VOCAB = 96
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "phi3": {"resid_pdrop": 0.0, "original_max_position_embeddings": 64},
+    "gpt2": {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "attention_dropout": 0.0},
+    "falcon": {
+        "ffn_hidden_size": 48,
+        "new_decoder_architecture": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+}
+EXPERTS = ("mixtral", "qwen3_moe")
+WITH_KV_HEADS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+)
 
 
 def tiny_model(
     model_type: str = "llama", *, kv_heads: int = 2, tied: bool = False, seed: int = 0, **extra: Any
 ) -> Any:
+    """A random model of the stock class with biases that are not zero; GPT-2, NeoX and OPT have as many KV heads as heads."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        model_type,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        vocab_size=VOCAB,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **extra,
-    )
+    own = {**_SMALL, **_OWN.get(model_type, {})}
+    if model_type in WITH_KV_HEADS:
+        own |= {"num_key_value_heads": kv_heads, "head_dim": 8}
+    if model_type == "falcon":
+        own |= {"num_kv_heads": kv_heads}
+    config = AutoConfig.for_model(model_type, **own, tie_word_embeddings=tied, **extra)
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", dtype=torch.float32
+        config, attn_implementation=attention_implementation(config), dtype=torch.float32
     )
+    if model_type in EXPERTS:
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.train()
+
+
+def sparsity_of(model: Any, optimizer: Any = None, **settings: Any) -> Sparsity:
+    """Settings that suit a tiny model: half of everything, the same in every layer, unless said otherwise."""
+    chosen = {
+        "mlp_rate": 0.5,
+        "attention_rate": 0.5,
+        "allotment": "uniform",
+        "total_steps": 10,
+        "dense_start": 0.0,
+    }
+    return sparsify(model, optimizer, SatConfig(**{**chosen, **settings}))
 
 
 def random_batch(seed: int, *, rows: int = 3, width: int = 16) -> Batch:

@@ -1,0 +1,85 @@
+"""SAT inside Hugging Face's `Trainer` and TRL's `SFTTrainer`, as a callback.
+
+It narrows at the beginning of a step and widens before the Trainer looks at the model: to save, to evaluate, at the end.
+The Trainer prepares the optimizer, so the callback meets it when training begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from sat_core.plan.config import SatConfig
+from sat_core.sparsity import Sparsity, sparsify
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class SatCallback(TrainerCallback):
+    """Sparsity-Accelerated Training for a Trainer.
+
+        probe = next(iter(trainer.get_train_dataloader()))
+        trainer.add_callback(SatCallback(SatConfig(total_steps=0, mlp_rate=0.5), probe))
+
+    Args of the constructor: `config`, whose `total_steps` is replaced by the Trainer's own, and `probe_inputs`, a batch as
+    the model takes it, on which units are scored; it is moved to the model's device. `sparsity` is there once training
+    has begun.
+    """
+
+    def __init__(self, config: SatConfig, probe_inputs: Mapping[str, torch.Tensor]) -> None:
+        self.config, self.probe_inputs = config, probe_inputs
+        self.sparsity: Sparsity | None = None
+        self._widened = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Meet model and optimizer."""
+        optimizer = kwargs["optimizer"]
+        config = dataclasses.replace(self.config, total_steps=state.max_steps)
+        self.sparsity = sparsify(
+            kwargs["model"], getattr(optimizer, "optimizer", optimizer), config
+        )
+        device = kwargs["model"].device
+        self.probe_inputs = {k: v.to(device) for k, v in self.probe_inputs.items()}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Follow the ladder; narrow again what was widened to be saved or evaluated."""
+        if self.sparsity is None:
+            return
+        if self._widened:
+            self.sparsity.resume_selection()
+            self._widened = False
+        self.sparsity.begin_step(state.global_step, self.probe_inputs)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Widen where the Trainer is about to save, to evaluate or to stop."""
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            self._widen()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The same at the end of an epoch."""
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave a dense model."""
+        self._widen()
+
+    def _widen(self) -> None:
+        if self.sparsity is not None and not self._widened:
+            self.sparsity.suspend_selection()
+            self._widened = True

@@ -1,0 +1,166 @@
+"""Settings as dataclasses that check themselves: one declaration gives the type, the range, the error and the JSON Schema.
+
+The road not taken is pydantic: the plan must run on the standard library alone, and a setting's message must name its
+dotted path, what came and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import field
+from typing import Any, Literal
+
+from sat_core.plan.errors import ConfigError
+
+MAX_LIST = 16
+
+
+def setting(default: Any, doc: str, **limits: Any) -> Any:
+    """A dataclass field with its documentation and its limits (`ge`, `gt`, `le`, `lt`, `choices`)."""
+    return field(default=default, metadata={"doc": doc, **limits})
+
+
+def build(cls: type, value: Any, path: str) -> Any:
+    """`cls` from the JSON object `value` found at `path`; None is all defaults.
+
+    Raises:
+        ConfigError: naming the setting, what came and what is allowed.
+    """
+    if value is None:
+        return cls()
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is {value!r}; allowed is an object.", path)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    refuse_unknown(value, tuple(fields), path)
+    hints = typing.get_type_hints(cls)
+    checked = {
+        name: _check(hints[name], item, f"{path}.{name}", fields[name])
+        for name, item in value.items()
+    }
+    return cls(**checked)
+
+
+def refuse_unknown(value: Any, known: tuple[str, ...], path: str) -> None:
+    """Refuse keys that are not `known`, with the nearest that is."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is {value!r}; allowed is an object.", path)
+    for name in value:
+        if name in known:
+            continue
+        dotted = f"{path}.{name}" if path else str(name)
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"{dotted} is not a known setting.{hint} Allowed here: {', '.join(known)}.",
+            dotted,
+            "unknown_parameter",
+        )
+
+
+def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any]) -> Any:
+    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+    if optional:
+        if value is None or value == "auto":
+            return None
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast("type", hint), value, path)
+    if value is None:
+        return spec.default
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(choices)}.{meant}", path)
+        return value
+    if typing.get_origin(hint) is tuple:
+        return _check_list(typing.get_args(hint)[0], value, path)
+    if hint in (bool, str):
+        if not isinstance(value, hint) or value == "":
+            kind = "true or false" if hint is bool else "a string that is not empty"
+            raise ConfigError(f"{path} is {value!r}; allowed is {kind}.", path)
+        return value
+    return _number(hint, value, path, spec.metadata, optional=optional)
+
+
+def _check_list(item: Any, value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) > MAX_LIST:
+        raise ConfigError(f"{path} is {value!r}; allowed is a list of at most {MAX_LIST}.", path)
+    if dataclasses.is_dataclass(item):
+        cls = typing.cast("type", item)
+        return tuple(build(cls, entry, f"{path}.{i}") for i, entry in enumerate(value))
+    if not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"{path} is {value!r}; allowed is a list of strings.", path)
+    return tuple(value)
+
+
+def _number(
+    hint: Any, value: Any, path: str, limits: typing.Mapping[str, Any], *, optional: bool
+) -> int | float:
+    kind = "an integer" if hint is int else "a number"
+    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if good and hint is int:
+        good = float(value).is_integer()
+    low = limits.get("ge", limits.get("gt", -math.inf))
+    high = limits.get("le", limits.get("lt", math.inf))
+    inside = good and (value > low or ("ge" in limits and value == low) or low == -math.inf)
+    inside = inside and (value < high or ("le" in limits and value == high) or high == math.inf)
+    if not inside:
+        raise ConfigError(
+            f"{path} is {value!r}; allowed is {kind}{_range_text(limits)}{', or auto' if optional else ''}.",
+            path,
+        )
+    return int(value) if hint is int else float(value)
+
+
+def _range_text(limits: typing.Mapping[str, Any]) -> str:
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    parts = [f"{words[k]} {limits[k]:g}" for k in ("ge", "gt", "le", "lt") if k in limits]
+    return " " + " and ".join(parts) if parts else ""
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, at any depth."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def json_schema(hint: Any, spec: dataclasses.Field[Any] | None = None) -> dict[str, Any]:
+    """JSON Schema (2020-12) of a settings class or of one field of it."""
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        properties = {f.name: json_schema(hints[f.name], f) for f in dataclasses.fields(hint)}
+        return {
+            "type": "object",
+            "description": (hint.__doc__ or "").strip(),
+            "properties": properties,
+            "additionalProperties": False,
+        }
+    limits = spec.metadata if spec else {}
+    if isinstance(hint, types.UnionType):
+        inner = next(t for t in typing.get_args(hint) if t is not type(None))
+        number = json_schema(inner, spec)
+        description = number.pop("description", "")
+        return {"anyOf": [number, {"const": "auto"}, {"type": "null"}], "description": description}
+    out: dict[str, Any] = {"description": limits.get("doc", "")}
+    if typing.get_origin(hint) is Literal:
+        out |= {"type": "string", "enum": list(typing.get_args(hint))}
+    elif typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        items = json_schema(item) if dataclasses.is_dataclass(item) else {"type": "string"}
+        out |= {"type": "array", "items": items, "maxItems": MAX_LIST}
+    elif hint in (bool, str):
+        out |= {"type": "boolean" if hint is bool else "string"}
+    else:
+        out |= {"type": "integer" if hint is int else "number"}
+    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    out |= {names[k]: limits[k] for k in names if k in limits}
+    if spec is not None and spec.default is not dataclasses.MISSING:
+        out["default"] = plain(spec.default)
+    return out

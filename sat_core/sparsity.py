@@ -1,0 +1,482 @@
+"""Which units of a model are awake: the method, as something a person's own loop can hold.
+
+    sparsity = sparsify(model, optimizer, SatConfig(total_steps=1000, mlp_rate=0.5))
+    for step, batch in enumerate(batches):
+        sparsity.begin_step(step, batch)       # between optimizer steps: maybe probe, select, narrow or widen
+        ...                                    # your own forward, backward and optimizer step
+    sparsity.wake_all()                        # and the dense model is back
+
+A step begins by asking the ladder for its share of the omission rate. Where a stage of the ladder begins the rate is
+allotted to the layers anew; there, and every `refresh_every` steps inside a stage, units are scored and chosen anew.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_core import importance
+from sat_core.allotment import Curve, allot
+from sat_core.parallel import Parallel
+from sat_core.plan.accounting import Widths, attention_units
+from sat_core.plan.config import SatConfig
+from sat_core.plan.families import Family, Slice, family_of, shape_of
+from sat_core.plan.schedule import awake_units, layer_rates
+from sat_core.probe import WEIGHT_METRICS, Inputs, Probe, Seen, probe_grid, weight_score
+from sat_core.selection import select
+from sat_core.slicing import SlicedBlock, SlicedParameter, follow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refresh:
+    """What `begin_step` changed.
+
+    Attributes:
+        share: share of the full omission rate from this step on.
+        dense_loss: mean loss of the probe's batch on the dense model, nats; None where no probe ran.
+        probed: whether a dense forward of the batch was spent.
+        errors: (kind, layer) -> (omission rate, local error) pairs, where the rate was allotted by sensitivity.
+        changed: blocks whose units were chosen.
+        churn: by `id` of a block, share of its awake units that slept before.
+    """
+
+    share: float
+    dense_loss: float | None
+    probed: bool
+    errors: dict[tuple[str, int], list[tuple[float, float]]]
+    changed: list[SlicedBlock]
+    churn: dict[int, float]
+
+
+def sparsify(
+    model: Any, optimizer: torch.optim.Optimizer | None = None, config: SatConfig | None = None
+) -> Sparsity:
+    """Describe the blocks of a stock Hugging Face causal LM; nothing sleeps before the first `begin_step`.
+
+    Args:
+        model: a causal LM of a supported family (`sat_core.plan.families`), or a peft model around one.
+        optimizer: AdamW over its parameters, whose moments will follow their units.
+        config: the method's settings.
+
+    Raises:
+        ModelError: for a family that is not supported.
+    """
+    return Sparsity(model, optimizer, config or SatConfig(total_steps=1))
+
+
+class Sparsity:
+    """The sliced blocks of a model, and the choice of who is awake."""
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer | None,
+        config: SatConfig,
+        parallel: Parallel | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.parallel = parallel or Parallel()
+        self.core: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.shape = shape_of(self.core.config.to_dict())
+        self.family: Family = family_of(self.shape.model_type)
+        on_gpu = next(model.parameters()).is_cuda
+        self.multiple = config.multiple or (128 if on_gpu else 8)
+        self._names = {id(p): n for n, p in model.named_parameters()}
+        layers = range(self.shape.num_layers)
+        self.mlp = [self._mlp_block(i) for i in layers]
+        self.attention = (
+            [] if self.shape.whole_heads else [self._attention_block(i) for i in layers]
+        )
+        self.share, self.cap = 0.0, 1.0
+        self.bias: dict[int, Tensor] = {}
+        self._suspended: dict[int, Tensor] = {}
+        if config.compensation:
+            for block in self.blocks:
+                block.out.owner.register_forward_hook(self._compensate(block))
+
+    @property
+    def blocks(self) -> list[SlicedBlock]:
+        """All blocks, MLP first."""
+        return [*self.mlp, *self.attention]
+
+    @property
+    def widths(self) -> Widths:
+        """Awake units over all layers."""
+        shape = self.shape
+        dense = Widths.dense(shape)
+        awake = sum(b.num_awake for b in self.attention)
+        groups, heads = dense.kv_groups, dense.query_heads
+        if self.attention and self.config.attention_unit == "kv_group":
+            groups, heads = awake, awake * shape.heads_per_group
+        elif self.attention:
+            heads = awake
+        channels = sum(b.num_awake for b in self.mlp) // shape.experts
+        return Widths(mlp_channels=channels, kv_groups=groups, query_heads=heads)
+
+    def realised_rates(self) -> tuple[float, float]:
+        """Mean omission rate of MLP channels and of attention units as they are."""
+        return _rate(self.mlp), _rate(self.attention)
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer of the model."""
+        module: nn.Module = self.core.get_submodule(f"{self.family.layers}.{index}")
+        return module
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, first to last."""
+        return [self.layer(i) for i in range(self.shape.num_layers)]
+
+    def begin_step(self, step: int, inputs: Inputs) -> Refresh | None:
+        """Follow the ladder to 0-based `step`; None where nothing was to be done.
+
+        Args:
+            step: of the optimizer; the same step gives the same choice.
+            inputs: a training micro-batch for the probe, a `Batch` or the model's own keyword arguments.
+
+        Raises:
+            RuntimeError: while a gradient exists.
+        """
+        phase = self.config.ladder.phase_at(step)
+        share = min(phase.share, self.cap)
+        stage_begins = share != self.share
+        every = self.config.refresh_every
+        due = bool(every and share > 0 and (step - phase.first_step) % every == 0)
+        if not self.config.sparse or not (stage_begins or due):
+            return None
+        self.share = share
+        if share == 0:
+            changed = [b for b in self.blocks if b.num_awake < b.num_units]
+            self.wake_all()
+            return _nothing_probed(share, changed)
+        return self.choose(step, inputs, share=share, allot_anew=stage_begins)
+
+    def choose(
+        self, step: int, inputs: Inputs, *, share: float = 1.0, allot_anew: bool = True
+    ) -> Refresh:
+        """Score all units that may sleep and choose anew: `share` times the mean rates sleeps, the lowest scores first.
+
+        Without `allot_anew` every block keeps its width and changes who is awake.
+        """
+        config = self.config
+        rates = {"mlp": config.mlp_rate * share, "attention": config.attention_rate * share}
+        by_errors = config.allotment == "sensitivity" and allot_anew
+        chosen = [
+            b
+            for b in self.blocks
+            if (rates[b.kind] > 0 if allot_anew else b.num_awake < b.num_units)
+        ]
+        probe = Probe(self, chosen, step, with_errors=by_errors)
+        probed = bool(chosen) and (
+            by_errors
+            or config.metric not in WEIGHT_METRICS
+            or config.max_gap > 0
+            or config.compensation
+        )
+        if probed:
+            probe.run(inputs)
+            self._agree(probe)
+        else:
+            for b in chosen:
+                score = weight_score(b, config.metric, seed=config.seed, step=step)
+                probe.seen[id(b)] = Seen(score)
+        widths = self._allot(chosen, probe, share) if allot_anew else {}
+        churn = {
+            id(b): self._refresh(b, probe.seen[id(b)], widths.get(id(b), b.num_awake), step)
+            for b in chosen
+        }
+        for block in self.blocks:
+            if id(block) not in churn:
+                block.refresh(torch.arange(block.num_units), self.optimizer)
+        return Refresh(
+            share=share,
+            dense_loss=probe.loss,
+            probed=probed,
+            errors={(b.kind, b.layer): self._curve_rows(b, probe) for b in chosen}
+            if by_errors
+            else {},
+            changed=chosen,
+            churn=churn,
+        )
+
+    def note_gap(self, gap: float) -> bool:
+        """Tell how much higher (nats) the sparse loss was than the dense one on the same batch.
+
+        Beyond `max_gap` the ladder steps down a rung early, for good; true where it did.
+        """
+        if not self.config.max_gap or gap <= self.config.max_gap or self.share == 0:
+            return False
+        self.cap = max(0.0, round((self.share - 1 / self.config.rungs) * 1e9) / 1e9)
+        return True
+
+    def finish_dense(self) -> None:
+        """Train dense from the next step on."""
+        self.cap = 0.0
+
+    def wake_all(self) -> None:
+        """Back to the dense model."""
+        for block in self.blocks:
+            if block.num_awake < block.num_units:
+                block.refresh(torch.arange(block.num_units), self.optimizer)
+        self.bias.clear()
+
+    def suspend_selection(self) -> None:
+        """Widen until `resume_selection`, for somebody who saves or evaluates the model by its own means."""
+        self._suspended = {id(b): b.awake_K for b in self.blocks if b.num_awake < b.num_units}
+        for block in self.blocks:
+            block.refresh(torch.arange(block.num_units), self.optimizer)
+
+    def resume_selection(self) -> None:
+        """Put to sleep again whom `suspend_selection` woke."""
+        for block in self.blocks:
+            if id(block) in self._suspended:
+                block.refresh(self._suspended[id(block)], self.optimizer, stepped=False)
+        self._suspended.clear()
+
+    def smoothed(self, block: SlicedBlock, score_U: Tensor) -> Tensor:
+        """The score with the older ones' weight in it."""
+        if self.config.ema == 0 or block.score_U is None:
+            return score_U
+        return self.config.ema * block.score_U + (1 - self.config.ema) * score_U
+
+    def grid(self, block: SlicedBlock) -> list[int]:
+        """Widths at which the probe measures the block."""
+        return probe_grid(block, self.multiple if block.kind == "mlp" else 1)
+
+    def activation_function(self, block: SlicedBlock) -> Callable[[Tensor], Tensor]:
+        """The MLP's nonlinearity, under whichever name the architecture keeps it."""
+        for name in ("act_fn", "activation_fn", "act"):
+            if hasattr(block.module, name):
+                found: Callable[[Tensor], Tensor] = getattr(block.module, name)
+                return found
+        raise AttributeError(f"{type(block.module).__name__} has no activation function we know")
+
+    @contextmanager
+    def dense_forward(self) -> Iterator[None]:
+        """Within, a forward without gradient is that of the dense model, widened one block at a time.
+
+        Compiled layers run eagerly meanwhile: their graphs are of the narrow shapes, and hooks would be a recompile.
+        """
+        layers = self.layers
+        compiled = [layer._compiled_call_impl for layer in layers]
+        hooks: list[Any] = []
+        try:
+            for layer in layers:
+                layer._compiled_call_impl = None
+            for block in self.blocks:
+                hooks += [
+                    block.module.register_forward_pre_hook(
+                        lambda *_, b=block: b.widen(), prepend=True
+                    ),
+                    block.module.register_forward_hook(
+                        lambda *_, b=block: b.narrow(), always_call=True
+                    ),
+                ]
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for block in self.blocks:
+                block.narrow()
+            for layer, call in zip(layers, compiled, strict=True):
+                layer._compiled_call_impl = call
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """The dense model's state dict; tensors that are not sliced are the model's own."""
+        state = dict(self.model.state_dict())
+        for block in self.blocks:
+            state.update({part.name: block.dense(part) for part in block.parts})
+        return state
+
+    def _agree(self, probe: Probe) -> None:
+        """Every rank looked at its own sequences; all choose by the mean."""
+        if self.parallel.world == 1:
+            return
+        for seen in probe.seen.values():
+            seen.score_U = self.parallel.mean(seen.score_U)
+            seen.errors = tuple(self.parallel.mean(torch.tensor(seen.errors)).tolist())
+            if seen.mean_I is not None:
+                seen.mean_I = self.parallel.mean(seen.mean_I)
+
+    def _refresh(self, block: SlicedBlock, seen: Seen, width: int, step: int) -> float:
+        """Choose `width` units of the block; the share of them that slept before."""
+        config = self.config
+        block.score_U = self.smoothed(block, seen.score_U)
+        awake_K = select(
+            block.score_U,
+            width,
+            selector=config.selector,
+            temperature=config.temperature,
+            explore=config.explore,
+            stretches=block.stretches,
+            random=importance.generator(config.seed, step, block.layer, block.kind),
+        ).to(block.awake_K.device)
+        before = block.awake_K
+        block.refresh(awake_K, self.optimizer)
+        self.bias.pop(id(block), None)
+        if seen.mean_I is not None and block.num_awake < block.num_units:
+            self.bias[id(block)] = self._mean_contribution(block, seen.mean_I)
+        return 1.0 - float(torch.isin(awake_K, before).float().mean())
+
+    def _allot(self, blocks: list[SlicedBlock], probe: Probe, share: float) -> dict[int, int]:
+        """Awake units of each block, by `id`."""
+        config, shape = self.config, self.shape
+        rates = {"mlp": config.mlp_rate, "attention": config.attention_rate}
+        widths: dict[int, int] = {}
+        for kind, rate in rates.items():
+            mine = [b for b in blocks if b.kind == kind]
+            if not mine:
+                continue
+            if config.allotment == "sensitivity":
+                curves = [self._curve(b, probe) for b in mine]
+                awake = allot(curves, share * rate)
+                widths |= {id(b): k for b, k in zip(mine, awake, strict=True)}
+                continue
+            units = (
+                shape.intermediate
+                if kind == "mlp"
+                else attention_units(shape, config.attention_unit)
+            )
+            multiple = self.multiple if kind == "mlp" else 1
+            for b, r in zip(mine, layer_rates(rate, len(mine), config.allotment), strict=True):
+                widths[id(b)] = awake_units(units, share * r, multiple) * (b.num_units // units)
+        return widths
+
+    def _curve(self, block: SlicedBlock, probe: Probe) -> Curve:
+        multiple = block.stretches * (self.multiple if block.kind == "mlp" else 1)
+        return Curve(
+            num_units=block.num_units,
+            awake=tuple(self.grid(block)),
+            errors=probe.seen[id(block)].errors,
+            multiple=multiple,
+        )
+
+    def _curve_rows(self, block: SlicedBlock, probe: Probe) -> list[tuple[float, float]]:
+        curve = self._curve(block, probe)
+        rates = [1 - k / curve.num_units for k in curve.awake]
+        return list(zip(rates, curve.errors, strict=True))
+
+    def _mean_contribution(self, block: SlicedBlock, mean_I: Tensor) -> Tensor:
+        """What the sleepers would add on average, [H]."""
+        values = block.out.segments[0]
+        out_IH = block.out.unit_rows(block.dense(block.out))[0].reshape(len(mean_I), -1)
+        sleeping_I = torch.ones(block.num_units, dtype=torch.bool, device=mean_I.device)
+        sleeping_I[block.awake_K] = False
+        sleeping_I = sleeping_I.repeat_interleave(values)
+        return mean_I[sleeping_I].to(out_IH.dtype) @ out_IH[sleeping_I]
+
+    def _compensate(self, block: SlicedBlock) -> Any:
+        def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            bias = self.bias.get(id(block))
+            dense = block.widened or block.num_awake == block.num_units
+            return output if bias is None or dense else output + bias.to(output.dtype)
+
+        return add
+
+    def _mlp_block(self, layer: int) -> SlicedBlock:
+        shape, family = self.shape, self.family
+        units = shape.intermediate * shape.experts
+        parts = self._parts(layer, family.mlp, units)
+        module = self.layer(layer).get_submodule(family.mlp_module)
+        attributes: list[tuple[Any, str, float]] = (
+            [(module, "intermediate_dim", 1 / shape.experts)] if shape.experts > 1 else []
+        )
+        return SlicedBlock(
+            layer,
+            "mlp",
+            module,
+            parts,
+            units,
+            stretches=shape.experts,
+            attributes=attributes,
+            asleep_on=self.config.asleep_on,
+        )
+
+    def _attention_block(self, layer: int) -> SlicedBlock:
+        shape, family = self.shape, self.family
+        module: Any = self.layer(layer).get_submodule(family.attention_module)
+        whole_groups = self.config.attention_unit == "kv_group"
+        units = shape.num_kv_heads if whole_groups else shape.num_heads
+        heads = shape.heads_per_group if whole_groups else 1
+        quantities: dict[str, float] = {
+            "heads": heads,
+            "kv_heads": 1,
+            "width": heads * shape.head_dim,
+        }
+        wanted = family.attributes
+        if not whole_groups:
+            quantities = {"groups": 1 / shape.num_kv_heads}
+            wanted = (("num_key_value_groups", "groups"),)
+        return SlicedBlock(
+            layer,
+            "attention",
+            module,
+            self._parts(layer, family.attention if whole_groups else family.queries, units),
+            units,
+            stretches=1 if whole_groups else shape.num_kv_heads,
+            attributes=[(*follow(module, path), quantities[q]) for path, q in wanted],
+            asleep_on=self.config.asleep_on,
+        )
+
+    def _parts(self, layer: int, slices: tuple[Slice, ...], units: int) -> list[SlicedParameter]:
+        shape = self.shape
+        group = shape.head_dim * shape.heads_per_group
+        rows = {
+            "channel": 1,
+            "head": shape.head_dim,
+            "query": shape.head_dim,
+            "group": group,
+            "qkv": group + 2 * shape.head_dim,
+        }
+        parts = []
+        for item in slices:
+            path, _, leaf = item.name.rpartition(".")
+            owner = self.layer(layer).get_submodule(path)
+            for i, (holder, name, dim) in enumerate(_carriers(owner, leaf, item.dim)):
+                parameter: Any = getattr(holder, name, None)
+                if parameter is None and item.optional:
+                    continue
+                parts.append(
+                    SlicedParameter(
+                        name=self._names[id(parameter)],
+                        parameter=parameter,
+                        owner=holder,
+                        dim=dim,
+                        segments=tuple(rows[s] for s in item.segments),
+                        num_units=units,
+                        out=item.out and i == 0,
+                        experts=shape.experts if item.experts else 1,
+                    )
+                )
+        return parts
+
+
+def _carriers(owner: Any, leaf: str, dim: int) -> list[tuple[Any, str, int]]:
+    """The tensors that carry a projection's units: its own, and those of its LoRA adapters where peft has put some.
+
+    peft keeps the projection as `base_layer`; `lora_A` [rank, in] narrows with the input, `lora_B` [out, rank] with the
+    output.
+    """
+    if not hasattr(owner, "base_layer"):
+        return [(owner, leaf, dim)]
+    base = [(owner.base_layer, leaf, dim)]
+    if leaf != "weight":
+        return base
+    adapters = owner.lora_B if dim == 0 else owner.lora_A
+    return base + [(adapter, "weight", dim) for adapter in adapters.values()]
+
+
+def _rate(blocks: list[SlicedBlock]) -> float:
+    units = sum(b.num_units for b in blocks)
+    return 1 - sum(b.num_awake for b in blocks) / units if units else 0.0
+
+
+def _nothing_probed(share: float, changed: list[SlicedBlock]) -> Refresh:
+    return Refresh(share=share, dense_loss=None, probed=False, errors={}, changed=changed, churn={})

@@ -1,0 +1,215 @@
+"""How units are scored and chosen, and how a rate is spread over layers."""
+
+import itertools
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sat_core.allotment import GRID, Curve, allot
+from sat_core.plan.config import Metric
+from sat_core.probe import Probe
+from sat_core.selection import select
+from sat_core.sparsity import Sparsity
+from tests.sat_core.tiny import random_batch, sparsity_of, tiny_model
+
+METRICS = get_args(Metric)
+
+
+def scores(sparsity: Sparsity, batch: Any, step: int = 0) -> list[torch.Tensor]:
+    probe = Probe(sparsity, sparsity.blocks, step, with_errors=False)
+    probe.run(batch)
+    return [probe.seen[id(b)].score_U for b in sparsity.blocks]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "mixtral", "opt", "gpt_neox"])
+def test_a_score_is_one_finite_number_a_unit_and_ignores_padding(
+    model_type: str, metric: str
+) -> None:
+    sparsity = sparsity_of(tiny_model(model_type), metric=metric)
+    batch = random_batch(3)
+    found = scores(sparsity, batch)
+    wider = batch._replace(
+        input_ids_BT=torch.nn.functional.pad(batch.input_ids_BT, (0, 8), value=9),
+        labels_BT=torch.nn.functional.pad(batch.labels_BT, (0, 8), value=-100),
+    )
+    for block, one, other in zip(sparsity.blocks, found, scores(sparsity, wider), strict=True):
+        assert one.shape == (block.num_units,)
+        assert one.dtype == torch.float32
+        assert bool((one >= 0).all() and one.isfinite().all())
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    assert len({tuple(s.tolist()) for s in found}) == len(found)
+
+
+def test_scores_are_what_their_formulas_say() -> None:
+    model, batch = tiny_model("llama"), random_batch(0)
+    seen: dict[str, torch.Tensor] = {}
+    mlp = model.model.layers[2].mlp
+    hooks = [
+        mlp.register_forward_pre_hook(lambda _, a: seen.update(x=a[0])),
+        mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.update(a=a[0])),
+    ]
+    with torch.no_grad():
+        model(input_ids=batch.input_ids_BT)
+    for hook in hooks:
+        hook.remove()
+    valid = torch.arange(16) < batch.lengths_B[:, None]
+    x, a = seen["x"][valid], seen["a"][valid]
+    gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    norm = down.norm(dim=0)
+    silu = torch.nn.functional.silu
+    wanda = [(w.abs() @ x.norm(dim=0)) for w in (gate, up)]
+    expected = {
+        "activation": a.abs().mean(0) * norm,
+        "fluctuation": a.var(0, correction=0) * norm**2,
+        "magnitude": (gate.norm(dim=1) * up.norm(dim=1)).sqrt() * norm,
+        "wanda": (wanda[0] * wanda[1]).sqrt() * norm,
+        "maxip": (silu(gate @ x.mean(0)) * (up @ x.mean(0))).abs() * norm,
+    }
+    for metric, wanted in expected.items():
+        found = scores(sparsity_of(model, metric=metric), batch)[2]
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=1e-8, msg=metric)
+
+
+def test_taylor_is_the_weights_times_their_gradients() -> None:
+    from sat_core.loss import token_loss
+
+    model, batch = tiny_model("llama").double(), random_batch(0)
+    found = token_loss(model, batch)
+    (found.total / found.labels).backward()
+    down = model.model.layers[1].mlp.down_proj.weight
+    out = model.model.layers[1].self_attn.o_proj.weight
+    channels = (down * down.grad).sum(0).abs()
+    groups = (out * out.grad).sum(0).view(2, -1).sum(1).abs()
+    model.zero_grad()
+    got = scores(sparsity_of(model, metric="taylor"), batch)
+    torch.testing.assert_close(got[1], channels.float().detach(), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(got[5], groups.float().detach(), rtol=1e-5, atol=1e-9)
+
+
+def test_top_k_keeps_the_best_and_breaks_ties_by_index() -> None:
+    assert select(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2).tolist() == [1, 3]
+    assert select(torch.zeros(5), 3).tolist() == [0, 1, 2]
+    assert select(torch.tensor([1.0, 2.0, 9.0, 8.0]), 2, stretches=2).tolist() == [1, 2]
+
+
+def test_sampling_follows_the_scores_and_its_temperature() -> None:
+    weights, random = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.Generator().manual_seed(0)
+    draws = [select(weights, 1, selector="sample", random=random).item() for _ in range(4000)]
+    share = torch.tensor(draws).bincount(minlength=4) / 4000
+    torch.testing.assert_close(share, weights / 10, rtol=0, atol=0.03)
+    cold = [
+        select(weights, 2, selector="sample", temperature=1e-3, random=random).tolist()
+        for _ in range(20)
+    ]
+    assert all(c == [2, 3] for c in cold)
+
+
+def test_mixed_keeps_the_best_and_draws_the_rest() -> None:
+    random = torch.Generator().manual_seed(1)
+    weights = torch.arange(1.0, 21.0)
+    picks = [
+        select(weights, 10, selector="mixed", explore=0.3, random=random).tolist()
+        for _ in range(50)
+    ]
+    assert all(set(range(13, 20)) <= set(p) and len(set(p)) == 10 for p in picks)
+    assert len({tuple(p) for p in picks}) > 10
+
+
+def test_a_choice_is_a_function_of_seed_and_step() -> None:
+    def awake(seed: int, step: int) -> list[list[int]]:
+        sparsity = sparsity_of(tiny_model(), selector="sample", seed=seed)
+        sparsity.choose(step, random_batch(0))
+        return [b.awake_K.tolist() for b in sparsity.blocks]
+
+    assert awake(1, 5) == awake(1, 5)
+    assert awake(1, 5) != awake(1, 6)
+    assert awake(1, 5) != awake(2, 5)
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        select(torch.tensor([1.0, math.nan]), 1)
+
+
+def test_older_scores_keep_their_weight() -> None:
+    sparsity = sparsity_of(tiny_model(), ema=0.75)
+    sparsity.choose(0, random_batch(0))
+    old = [b.score_U.clone() for b in sparsity.blocks if b.score_U is not None]
+    raw = scores(sparsity, random_batch(1))
+    sparsity.choose(1, random_batch(1), allot_anew=False)
+    for block, before, fresh in zip(sparsity.blocks, old, raw, strict=True):
+        torch.testing.assert_close(block.score_U, 0.75 * before + 0.25 * fresh)
+
+
+curve = st.lists(st.floats(0, 1), min_size=3, max_size=3).map(
+    lambda e: Curve(num_units=8, awake=(6, 4, 2), errors=tuple(itertools.accumulate(e)))
+)
+
+
+@given(st.lists(curve, min_size=1, max_size=4), st.sampled_from([0.125, 0.25, 0.5, 0.75]))
+def test_allotment_meets_the_budget(curves: list[Curve], rate: float) -> None:
+    awake = allot(curves, rate)
+    assert sum(8 - k for k in awake) == round(rate * 8 * len(curves))
+    assert all(2 <= k <= 8 for k in awake)
+
+
+@given(st.lists(curve, min_size=2, max_size=3))
+def test_allotment_is_the_best_split_of_convex_curves(curves: list[Curve]) -> None:
+    convex = [
+        Curve(num_units=8, awake=(6, 4, 2), errors=tuple(itertools.accumulate(sorted(_steps(c)))))
+        for c in curves
+    ]
+    table = [dict(zip((8, *c.awake), (0.0, *c.errors), strict=True)) for c in convex]
+    budget = 2 * len(convex)
+    best = min(
+        sum(t[k] for t, k in zip(table, split, strict=True))
+        for split in itertools.product((8, 6, 4, 2), repeat=len(convex))
+        if sum(8 - k for k in split) == budget
+    )
+    found = allot(convex, budget / (8 * len(convex)))
+    assert sum(t[k] for t, k in zip(table, found, strict=True)) == pytest.approx(best)
+
+
+def _steps(curve: Curve) -> list[float]:
+    return [b - a for a, b in itertools.pairwise((0.0, *curve.errors))]
+
+
+def test_local_errors_are_what_goes_missing() -> None:
+    model, batch = tiny_model("llama").double(), random_batch(0)
+    sparsity = sparsity_of(model, allotment="sensitivity")
+    seen: dict[str, torch.Tensor] = {}
+    layer = model.model.layers[1]
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, a: seen.update(a=a[0])),
+        layer.register_forward_hook(lambda _, __, out: seen.update(stream=out)),
+    ]
+    report = sparsity.choose(0, batch)
+    for hook in hooks:
+        hook.remove()
+    valid = torch.arange(16) < batch.lengths_B[:, None]
+    block = sparsity.mlp[1]
+    assert block.score_U is not None
+    weakest = block.score_U.argsort(stable=True)
+    down = block.dense(block.out)
+    for rate, error in report.errors["mlp", 1]:
+        gone = weakest[: round(rate * 48)]
+        missing = seen["a"][valid][:, gone] @ down[:, gone].T
+        wanted = (missing.square().sum(1) / seen["stream"][valid].square().sum(1)).mean()
+        assert error == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt_neox"])
+def test_sensitivity_spends_the_users_rate_on_few_widths(model_type: str) -> None:
+    sparsity = sparsity_of(tiny_model(model_type, kv_heads=4), allotment="sensitivity")
+    report = sparsity.choose(0, random_batch(0))
+    assert sparsity.realised_rates() == pytest.approx((0.5, 0.5), abs=0.05)
+    widths = {b.num_awake for b in sparsity.mlp}
+    assert len(widths) <= len(GRID) + 2
+    errors = [e for _, e in report.errors["mlp", 0]]
+    assert errors == sorted(errors)
+    assert report.dense_loss is not None
