@@ -15,7 +15,7 @@ from sat_core.data.rendering import Rendered, Renderer
 from sat_core.plan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sat_core.data.sources import Source
 
@@ -52,7 +52,7 @@ def preview(
     for number, row in enumerate(itertools.islice(source.rows(declared_format), rows), 1):
         whole = renderer.render(row.content)
         chosen = packing_for(packing, row.format)
-        _, lost = fit(whole, row.format, chosen, seq_len_for(chosen != "none"))
+        parts, _ = fit(whole, row.format, chosen, seq_len_for(chosen != "none"))
         shown.append(
             {
                 "row": number,
@@ -60,22 +60,27 @@ def preview(
                 "text": tokenizer.decode(whole.ids),
                 "ids": whole.ids,
                 "tokens": tokenizer.convert_ids_to_tokens(whole.ids),
-                "spans": _spans(tokenizer, whole, len(whole.ids) - lost),
+                "spans": _spans(tokenizer, whole.ids, _kinds(parts, joined=chosen == "joined")),
             }
         )
     return shown
 
 
-def _spans(tokenizer: Any, row: Rendered, kept: int) -> list[dict[str, Any]]:
-    kinds = [
-        "truncated" if i >= kept else "trained" if flag else "masked"
-        for i, flag in enumerate(row.trained)
-    ]
+def _kinds(parts: list[Rendered], *, joined: bool) -> Iterator[str]:
+    """What becomes of each token that is kept; the first of a sequence is predicted from nothing, so it is no label."""
+    for part in parts:
+        for i, flag in enumerate(part.trained):
+            yield "trained" if flag and (i or joined) else "masked"
+
+
+def _spans(tokenizer: Any, ids: list[int], kinds: Iterator[str]) -> list[dict[str, Any]]:
     spans = []
     start = 0
-    for kind, run in itertools.groupby(kinds):
-        end = start + len(list(run))
-        text = tokenizer.decode(row.ids[start:end])
-        spans.append({"start": start, "end": end, "kind": kind, "text": text})
+    each = itertools.islice(itertools.chain(kinds, itertools.repeat("truncated")), len(ids))
+    for kind, run in itertools.groupby(each):
+        end = start + sum(1 for _ in run)
+        spans.append(
+            {"start": start, "end": end, "kind": kind, "text": tokenizer.decode(ids[start:end])}
+        )
         start = end
     return spans

@@ -133,7 +133,10 @@ class TextLines:
     @staticmethod
     def _item(line: Line) -> Item:
         try:
-            return line.item(line.text() + "\n" * line.ended)
+            text = line.text()
+            if "\0" in text:
+                raise RowError("not_text", "", "holds a NUL byte; is it UTF-16, or no text at all?")
+            return line.item(text + "\n" * line.ended)
         except RowError as error:
             return line.item(error=error)
 

@@ -167,6 +167,7 @@ def test_gzip_that_ends_between_two_pieces_of_output_is_whole() -> None:
         ("d.parquet", FILES["d.parquet"][:-1], "bad_parquet", "PAR1"),
         ("d.parquet", b"", "empty_file", "no rows"),
         ("d.csv", b"prompt,completion\n", "empty_file", "no rows"),
+        ("d.txt", "abc".encode("utf-16-le"), "not_text", "NUL byte"),
         ("d.json", b'{"data": []}', "unknown_format", "one array of rows"),
     ],
 )

@@ -112,3 +112,6 @@ def test_what_is_no_name_of_the_hub_is_refused_before_it_is_asked(name: str) -> 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jsonl: there is no such file"):
         _ = Source(path=tmp_path / "gone.jsonl", filename="gone.jsonl").fingerprint
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="there is no such file"):
+        _ = Source(path=tmp_path / "pipe.jsonl", filename="pipe.jsonl").fingerprint

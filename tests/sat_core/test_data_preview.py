@@ -157,14 +157,19 @@ def test_a_preview_shows_what_is_trained_masked_and_cut(tmp_path: Path, tokenize
     assert json.loads(json.dumps(shown)) == shown
 
 
-def test_a_text_is_shown_whole_because_it_goes_on_in_the_next_sequence(
-    tmp_path: Path, tokenizer: Any
+@pytest.mark.parametrize(
+    ("packing", "masked", "kept"),
+    [("auto", [], 17), ("joined", [], 17), ("none", [0, 8], 16), ("separate", [0, 8], 16)],
+)
+def test_a_text_goes_on_and_what_begins_a_sequence_is_no_label(
+    tmp_path: Path, tokenizer: Any, packing: str, masked: list[int], kept: int
 ) -> None:
-    path = write_rows(tmp_path / "d.jsonl", [{"text": "a " * 20}])
+    path = write_rows(tmp_path / "d.jsonl", [{"text": "a " * 16}])
     source = Source(path=path, filename="d.jsonl")
-    for packing in ("auto", "none", "separate"):
-        shown = preview(tokenizer, source, seq_len_for=lambda packed: 8, packing=packing)
-        assert [s["kind"] for s in shown[0]["spans"]] == ["trained"]
+    spans = preview(tokenizer, source, seq_len_for=lambda packed: 8, packing=packing)[0]["spans"]
+    kinds = [span["kind"] for span in spans for _ in range(span["start"], span["end"])]
+    assert [i for i, kind in enumerate(kinds) if kind == "masked"] == masked
+    assert kinds.count("truncated") == 17 - kept
 
 
 @pytest.mark.parametrize("rows", [0, 101, True, "5"])
