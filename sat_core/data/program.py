@@ -129,7 +129,7 @@ def _job(config: dict[str, Any], events: Events) -> _Job:
         shape=shape,
         tokenizer=load_tokenizer(source, revision=revision),
         seq_len_for=lambda packed: max_seq_len(request, shape, packed=packed),
-        packing=getattr(request.sat.data, "packing", "auto"),
+        packing=request.sat.data.packing,
     )
 
 
