@@ -19,10 +19,11 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from api.errors import ApiError, refuse_unknown
 from sat_core.plan.formats import FileCheck, FileReport
+from sat_core.plan.rows import FORMATS as ROW_FORMATS
 
 MAX_FIELD_BYTES = 4096
 FIELDS = ("purpose", "file", "sat[format]", "expires_after[anchor]", "expires_after[seconds]")
-FORMATS = ("auto", "text", "messages", "prompt_completion", "alpaca")
+FORMATS = ("auto", *ROW_FORMATS)
 PARTIAL = ".part-"
 
 

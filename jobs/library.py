@@ -7,7 +7,7 @@ import hashlib
 import time
 from typing import Any
 
-from sqlalchemy import or_, select
+from sqlalchemy import select
 
 from jobs.errors import FileInUse, InvalidCursor, NotFound
 from jobs.models import FileRow, JobRow, KeyRow, ModelRow
@@ -94,12 +94,8 @@ class Library(Transactions):
         """Forget a file; its bytes are the caller's to remove, after this. Raises NotFound, FileInUse."""
         with self.writing() as session:
             row = _find_file(session, project, file_id)
-            uses = select(JobRow.id).where(
-                JobRow.project == project,
-                JobRow.status.in_(ACTIVE),
-                or_(JobRow.training_file == file_id, JobRow.validation_file == file_id),
-            )
-            if users := tuple(session.scalars(uses)):
+            active = select(JobRow).where(JobRow.project == project, JobRow.status.in_(ACTIVE))
+            if users := tuple(j.id for j in session.scalars(active) if file_id in _files_of(j)):
                 error = FileInUse(
                     f"{file_id} is needed by {', '.join(users)}, which have not ended"
                 )
@@ -128,6 +124,11 @@ class Library(Transactions):
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _files_of(job: JobRow) -> set[str | None]:
+    mix = job.request["sat"]["data"]["mix"]
+    return {job.training_file, job.validation_file, *(entry["file"] for entry in mix)}
 
 
 def _find_file(session: Any, project: str, file_id: str) -> FileRow:

@@ -76,17 +76,17 @@ class Runner:
             newest = next((path for path in whole if path.is_dir()), None)
             return {**(job.config or {}), "resume_from": str(newest) if newest else None}
         files = {"training_file": job.training_file, "validation_file": job.validation_file}
+        mix = job.request["sat"]["data"]["mix"]
         return {
             "format": PREPARE_FORMAT,
             "request": job.request,
             "model": {"name": job.model, "path": self._model_path(), "revision": None},
-            **{name: self._source(file_id) for name, file_id in files.items()},
+            **{name: self._source(id) if id else None for name, id in files.items()},
+            "mix_files": [{**self._source(m["file"]), "weight": m["weight"]} for m in mix],
             "corpora_dir": str(self.artifacts.corpora),
         }
 
-    def _source(self, file_id: str | None) -> dict[str, str] | None:
-        if file_id is None:
-            return None
+    def _source(self, file_id: str) -> dict[str, str]:
         file = self.store.get_file(self.claim.job.project, file_id)
         return {"path": str(self.artifacts.file(file_id)), "filename": file.filename}
 

@@ -89,6 +89,8 @@ def _create(
         file_id = getattr(new, name)
         if file_id is not None:
             _file_exists(app, project, file_id, name)
+    for i, entry in enumerate(create.run.sat.data.mix):
+        _file_exists(app, project, entry.file, f"sat.data.mix.{i}.file")
     _model_exists(app, project, new.model)
     idempotency = (idempotency_key, create.fingerprint) if idempotency_key else None
     job, replayed = app.store.create_job(project, new, idempotency)

@@ -89,7 +89,7 @@ def resolve(
         min(8, sequences) if figures["packed"] else max(1, min(16, sequences // 32))
     )
     per_epoch = max(1, math.ceil(sequences / batch))
-    epochs = hyper.n_epochs or (1 if figures["packed"] else 3)
+    epochs = hyper.n_epochs or (1 if figures["format"] == "text" else 3)
     steps = sat.train.max_steps or epochs * per_epoch
     peak = _learning_rate(request, shape)
     sat_config, warnings = _sat_config(request, shape, steps, seq_len)
@@ -136,7 +136,24 @@ def resolve(
         "batch_size": batch,
         "learning_rate_multiplier": peak / base_learning_rate(shape.num_parameters),
     }
+    warnings += _data_warnings(figures)
     return Resolved(config=config, hyperparameters=stated, warnings=tuple(warnings))
+
+
+def _data_warnings(figures: dict[str, Any]) -> list[str]:
+    """What a person should know of the data before it is trained on."""
+    rows = max(1, int(figures["rows"]))
+    said = {
+        "truncated_rows": "longer than sat.train.max_seq_len and cut there",
+        "untrained_rows": "left out: not one of their tokens would carry loss",
+        "duplicate_rows": "exact repetitions of other rows",
+        "overlap_rows": "in the validation data too",
+    }
+    return [
+        f"{figures[name]} of {rows} rows are {words}."
+        for name, words in said.items()
+        if figures.get(name)
+    ]
 
 
 def _learning_rate(request: RunRequest, shape: ModelShape) -> float:

@@ -34,8 +34,8 @@ def test_a_range_of_the_content_is_served(client, file_id):
         (ROW + b'{"messages": [{"role": "bot", "content": "x"}]}\n', 2, "bad_role"),
         (b'{"mesages": []}\n', 1, "unknown_format"),
         (ROW + b"\xff\xfe\n", 2, "not_utf8"),
-        (b"", 0, "empty_file"),
-        (b"\n\n", 2, "empty_file"),
+        (b"", 1, "empty_file"),
+        (b"\n\n", 1, "empty_file"),
     ],
 )
 def test_a_bad_file_is_named_by_its_place_and_leaves_nothing(client, services, content, line, code):
@@ -127,3 +127,20 @@ def test_a_file_that_a_job_needs_stays(client, file_id):
     response = client.delete(f"/v1/files/{file_id}")
     assert (response.status_code, response.json()["error"]["code"]) == (409, "file_in_use")
     assert client.get(f"/v1/files/{file_id}/content").content == ROW * 3
+
+
+def test_a_file_that_a_job_mixes_in_is_kept_until_the_job_ends(client, file_id):
+    replay = upload(client, ROW * 2).json()["id"]
+    mix = {"sat": {"data": {"mix": [{"file": replay, "weight": 0.5}]}}}
+    job = create(client, file_id, **mix).json()["id"]
+    response = client.delete(f"/v1/files/{replay}")
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "file_in_use")
+    client.post(f"/v1/fine_tuning/jobs/{job}/cancel")
+    assert client.delete(f"/v1/files/{replay}").status_code == 200
+
+
+def test_a_mixed_file_that_is_not_there_is_named(client, file_id):
+    mix = {"sat": {"data": {"mix": [{"file": "file-none"}]}}}
+    response = create(client, file_id, **mix)
+    assert response.status_code == 404
+    assert response.json()["error"]["param"] == "sat.data.mix.0.file"

@@ -18,6 +18,9 @@ from jobs.errors import (
 from jobs.spec import Claim, JobRecord, NewFile, NewJob
 from jobs.states import Stage
 from jobs.store import Store
+from sat_core.plan.request import RunRequest
+
+RUN = RunRequest.from_dict({"model": "m"}).to_dict()
 
 PREPARED = {
     "config": {"a": 1},
@@ -33,7 +36,7 @@ ERROR = {"code": "internal_error", "message": "The run ended by signal 9", "para
 def add_job(store: Store, project: str = "default", **changes: Any) -> JobRecord:
     new = NewJob(
         **{
-            "request": {"model": "local/tiny"},
+            "request": RUN,
             "model": "local/tiny",
             "training_file": "file-1",
             **changes,
@@ -157,7 +160,7 @@ def test_jobs_are_claimed_oldest_first(store: Store) -> None:
 
 
 def test_the_same_key_makes_one_job(store: Store) -> None:
-    new = NewJob(request={}, model="m", training_file="f")
+    new = NewJob(request=RUN, model="m", training_file="f")
     made: list[tuple[JobRecord, bool]] = []
     threads = [
         threading.Thread(
@@ -190,7 +193,7 @@ def test_cancelling_a_running_job_asks_its_owner(store: Store) -> None:
     assert store.heartbeat(claim) == "cancel"
     store.release(claim, "stopped")
     assert store.get_job("default", job.id).status == "cancelled"
-    store.create_job("default", NewJob(request={}, model="m", training_file="f"))
+    store.create_job("default", NewJob(request=RUN, model="m", training_file="f"))
 
 
 def test_an_ended_job_cannot_be_cancelled(store: Store) -> None:

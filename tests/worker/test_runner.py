@@ -15,9 +15,12 @@ from jobs.settings import Settings
 from jobs.spec import Claim, NewFile, NewJob
 from jobs.states import Stage
 from jobs.store import Store
+from sat_core.plan.request import RunRequest
 from worker.runner import Runner
 from worker.sweeper import Sweeper
 from worker.tail import Tail
+
+RUN = RunRequest.from_dict({"model": "m"}).to_dict()
 
 CHILD = Path(__file__).with_name("protocol_child.py")
 PREPARED = {"config": {}, "hyperparameters": {}, "figures": {}, "total_steps": 3, "warnings": []}
@@ -28,7 +31,7 @@ def claim_for(store: Store, settings: Settings, behaviour: str) -> Claim:
     store.add_file(
         "default", NewFile(id="file-1", filename="d", purpose="fine-tune", bytes=1, sha256="")
     )
-    new = NewJob(request={}, model="some/model", training_file="file-1", suffix="s")
+    new = NewJob(request=RUN, model="some/model", training_file="file-1", suffix="s")
     store.create_job("default", new)
     prepare = store.claim("w", Stage.PREPARE)
     assert prepare is not None
