@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
             code = "out_of_memory" if isinstance(error, MemoryError) else "internal_error"
             events.emit("failed", code=code, message=f"{type(error).__name__}: {error}", param=None)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            # torchrun ends the other ranks as soon as one has left; none may die of that with its own code unsaid.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if "RANK" in os.environ else before)
         return FAILED
 
 
@@ -77,9 +78,11 @@ def _train(
     from sat_core.parallel import Parallel
     from sat_core.trainer import Stopped, is_out_of_memory, train
 
+    parallel = Parallel()
     try:
-        train(folder, config, events, stopping, Parallel())
+        train(folder, config, events, stopping, parallel)
     except Stopped:
+        parallel.leave()
         step = max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*")), default=0)
         events.emit("stopped", step=step)
         return STOPPED
@@ -92,6 +95,7 @@ def _train(
             "sat.train.max_seq_len",
             "out_of_memory",
         ) from error
+    parallel.leave()
     return DONE
 
 

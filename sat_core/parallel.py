@@ -82,6 +82,11 @@ class Parallel:
         if self.world > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Leave the group in order, after the last operation."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
 
 def _sum_bucket(gradients: list[Tensor]) -> None:
     if not gradients:

@@ -36,7 +36,7 @@ from sat_core.loss import token_loss
 from sat_core.model import compile_layers, load_model, with_adapters
 from sat_core.optim import build_optimizer
 from sat_core.plan.accounting import Cost, Widths, forward_flops, step_flops
-from sat_core.plan.errors import PlanError
+from sat_core.plan.errors import ConfigError, PlanError
 from sat_core.plan.schedule import learning_rate_at
 from sat_core.progress import Counters, StepResult
 from sat_core.sparsity import Sparsity
@@ -83,6 +83,11 @@ class Run:
         """
         self.folder, self.config, self.events, self.stopping = folder, config, events, stopping
         self.parallel, self.device = parallel, parallel.device
+        if config.batch_size < parallel.world:
+            raise ConfigError(
+                f"batch_size is {config.batch_size}; with {parallel.world} processes it must be at least that many.",
+                "hyperparameters.batch_size",
+            )
         torch.manual_seed(config.seed)
         events.state("loading_model", f"Loading {config.model_name}")
         resume = self._resume_point()
@@ -297,9 +302,12 @@ class Run:
         sparse_loss = result.probed_loss if refresh.dense_loss is not None else None
         fields = progress.selection(refresh, self.sparsity, sparse_loss, seconds)
         self.events.emit("selection", step=self.counters.step, **fields)
-        if fields["gap"] is None:
+        if not refresh.probed:
             return
-        gap = float(self.parallel.mean(torch.tensor(fields["gap"])))
+        # A rank whose sequences carry no label knows no gap, but takes part in the mean of those that do.
+        gap, known = fields["gap"], fields["gap"] is not None
+        total, ranks = self.parallel.sum(torch.tensor([gap or 0.0, float(known)])).tolist()
+        gap = total / ranks if ranks else 0.0
         if self.sparsity.note_gap(gap):
             self.events.message(
                 "warn",

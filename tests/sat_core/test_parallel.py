@@ -1,0 +1,138 @@
+"""Two processes train what one process trains, stop together and go on together, or alone.
+
+Tolerance: ranks sum a batch's gradients in another order than one process does, so losses agree to 1e-4 nats and weights to
+2e-4 after 16 steps at a rate of 1e-3; who is awake agrees exactly.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.sat_core.test_run import losses, start, wait_for_step
+from tests.sat_core.tiny import prepare, read_events, run_core, write_text
+
+pytestmark = pytest.mark.slow
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 2e-4
+SAT: dict[str, Any] = {
+    "omission_rate": {"mlp": 0.5, "attention": 0.25},
+    "importance": {"refresh_every": 3},
+    "train": {"max_seq_len": 32, "max_steps": 16, "learning_rate": 1e-3, "micro_batch_size": 4},
+    "checkpoints": {"every": 5, "keep": 10},
+    "eval": {"every": 8, "prompts": ["a b c"], "max_new_tokens": 4, "forgetting_sequences": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of one process, and what it was prepared from."""
+    root = tmp_path_factory.mktemp("alone")
+    prepared = prepare(
+        root, data=write_text(root / "data.jsonl"), sat=SAT, hyperparameters={"batch_size": 4}
+    )
+    assert run_core("train", start(root / "whole", prepared)) == 0
+    return root / "whole", prepared
+
+
+def test_two_processes_equal_one(alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    whole, prepared = alone
+    pair = start(tmp_path / "pair", prepared)
+    assert finish(launch(pair)) == 0
+    assert events_are_whole(pair)
+    same_run(whole, pair)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_stopped_processes_go_on(
+    alone: tuple[Path, dict[str, Any]], tmp_path: Path, ranks: int
+) -> None:
+    whole, prepared = alone
+    first, second = stopped_and_resumed(tmp_path, prepared, ranks)
+    assert losses(first).keys() | losses(second).keys() == losses(whole).keys()
+    assert close({**losses(first), **losses(second)}, losses(whole))
+    same_weights(whole, second)
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused(
+    alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    pair = start(tmp_path / "pair", alone[1], batch_size=1)
+    assert finish(launch(pair)) != 0
+    last = read_events(pair)[-1]
+    assert (last["kind"], last["param"]) == ("failed", "hyperparameters.batch_size")
+
+
+def launch(folder: Path, ranks: int = 2) -> subprocess.Popen[str]:
+    """The program under torchrun, on CPUs."""
+    command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} -m sat_core train"
+    return subprocess.Popen(
+        [sys.executable, *command.split(), str(folder)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def finish(child: subprocess.Popen[str]) -> int:
+    """Exit code of the launcher, whose words are shown where the test fails."""
+    _, words = child.communicate(timeout=120)
+    sys.stderr.write(words)
+    return child.returncode
+
+
+def stopped_and_resumed(
+    root: Path, prepared: dict[str, Any], ranks: int, **changes: Any
+) -> tuple[Path, Path]:
+    """A run of two that one SIGTERM to one rank stopped, and its end by `ranks` processes."""
+    first = start(root / "1", prepared, **changes)
+    child = launch(first)
+    wait_for_step(first, 7)
+    pids = psutil.Process(child.pid).children()
+    assert len(pids) == 2
+    pids[1].send_signal(signal.SIGTERM)
+    _, words = child.communicate(timeout=120)
+    codes = [line.split()[2] for line in words.splitlines() if "exitcode  :" in line]
+    assert codes == ["10", "10"], words
+    stopped = read_events(first)[-1]
+    newest = sorted((first / "checkpoints").glob("step-*"))[-1]
+    assert (stopped["kind"], stopped["step"]) == ("stopped", int(newest.name[5:]))
+    second = start(root / "2", prepared, **changes, resume_from=str(newest))
+    assert finish(launch(second, ranks)) == 0
+    return first, second
+
+
+def events_are_whole(folder: Path) -> bool:
+    seqs = [e["seq"] for e in read_events(folder)]
+    return seqs == list(range(1, len(seqs) + 1))
+
+
+def close(ours: dict[int, float], theirs: dict[int, float]) -> bool:
+    return ours == pytest.approx(theirs, abs=LOSS_TOLERANCE)
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Losses of all steps, who was awake at every checkpoint, and the weights at the end."""
+    assert close(losses(other), losses(one))
+    checkpoints = sorted(p.name for p in (one / "checkpoints").glob("step-*"))
+    assert checkpoints == sorted(p.name for p in (other / "checkpoints").glob("step-*"))
+    for name in checkpoints:
+        ours, theirs = (
+            load_file(p / "checkpoints" / name / "selection.safetensors") for p in (one, other)
+        )
+        for key in (k for k in ours if k.endswith((".awake", ".trained"))):
+            assert torch.equal(ours[key], theirs[key]), (name, key)
+    same_weights(one, other)
+
+
+def same_weights(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(p / "model" / "model.safetensors") for p in (one, other))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, atol=WEIGHT_TOLERANCE, rtol=0)
