@@ -3,11 +3,13 @@
     step-000100/model/                 the merged dense model, loadable by any Hugging Face tool
     step-000100/adapters.safetensors   with LoRA: the adapters, of the dense size
     step-000100/optimizer.safetensors  moments, of the dense size: exp_avg is zero where a unit sleeps
+    step-000100/optimizer/             the same from ranks that share the layers, by torch.distributed.checkpoint
     step-000100/selection.safetensors  awake and ever-trained units and scores of each block, and the random state
     step-000100/state.json             step, counters, format version
     step-000100/MANIFEST.json          size and SHA-256 of each file above
 
-Written to a hidden folder, synced, renamed, parent synced: a folder with the right name is complete. No pickle anywhere.
+Written to a hidden folder, synced, renamed, parent synced: a folder with the right name is complete. No pickle anywhere but
+in optimizer/, whose files are opened only after each of them was found in the manifest as it was written.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sat_core import sharding
 from sat_core.plan.errors import PlanError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sat_core.slicing import SlicedBlock, SlicedParameter
     from sat_core.sparsity import Sparsity
 
 CHECKPOINT_FORMAT = "satune.checkpoint/1"
+_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(PlanError):
@@ -45,40 +50,67 @@ def name_of(step: int) -> str:
 def save(folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, Any]) -> Path:
     """Write `folder`/step-NNNNNN for `state["step"]` finished steps; returns it.
 
+    Where ranks share the layers all call it: each writes its moments, the first one the rest.
+
     Raises:
         OSError: where the disk is full; nothing half-written stays.
     """
     target = folder / name_of(state["step"])
+    parallel = sparsity.parallel
     scratch = folder / f".{target.name}-{os.getpid()}"
-    scratch.mkdir(parents=True)
-    state = {"format": CHECKPOINT_FORMAT, "share": sparsity.share, "cap": sparsity.cap, **state}
     try:
-        save_dense(scratch / "model", sparsity, tokenizer)
-        if adapters := _adapters(sparsity):
-            save_file(adapters, scratch / "adapters.safetensors")
-        save_file(_moments(sparsity), scratch / "optimizer.safetensors")
-        save_file(_selection(sparsity), scratch / "selection.safetensors")
-        (scratch / "state.json").write_text(json.dumps(state), "utf-8")
-        files = sorted(p for p in scratch.rglob("*") if p.is_file())
-        manifest = {
-            str(p.relative_to(scratch)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
-            for p in files
-        }
-        (scratch / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), "utf-8")
-        for path in [*files, scratch / "MANIFEST.json", scratch / "model", scratch]:
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-        _sync(folder)
+        if parallel.first:
+            scratch.mkdir(parents=True)
+        if not sparsity.whole:
+            pid = parallel.sum(torch.tensor(os.getpid() if parallel.first else 0))
+            scratch = folder / f".{target.name}-{int(pid)}"
+            sharding.save_moments(scratch / "optimizer", _moments(sparsity))
+        dense = sparsity.dense_state_dict()
+        if parallel.first:
+            _save_rest(scratch, sparsity, tokenizer, state, dense)
+            if target.exists():
+                shutil.rmtree(target)
+            scratch.rename(target)
+            _sync(folder)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if parallel.first:
+            shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
-def save_dense(folder: Path, sparsity: Sparsity, tokenizer: Any) -> None:
-    """Write the merged dense model and its tokenizer as a Hugging Face folder."""
-    state = sparsity.dense_state_dict()
+def _save_rest(
+    scratch: Path,
+    sparsity: Sparsity,
+    tokenizer: Any,
+    state: dict[str, Any],
+    dense: dict[str, torch.Tensor],
+) -> None:
+    """All that one process writes, the manifest last."""
+    state = {"format": CHECKPOINT_FORMAT, "share": sparsity.share, "cap": sparsity.cap, **state}
+    save_dense(scratch / "model", sparsity, tokenizer, dense)
+    if adapters := _adapters(sparsity, dense):
+        save_file(adapters, scratch / "adapters.safetensors")
+    dense.clear()  # the moments take as much again
+    if sparsity.whole:
+        save_file(_moments(sparsity), scratch / "optimizer.safetensors")
+    save_file(_selection(sparsity), scratch / "selection.safetensors")
+    (scratch / "state.json").write_text(json.dumps(state), "utf-8")
+    files = sorted(p for p in scratch.rglob("*") if p.is_file())
+    manifest = {
+        str(p.relative_to(scratch)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+        for p in files
+    }
+    (scratch / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+    folders = [p for p in scratch.iterdir() if p.is_dir()]
+    for path in [*files, scratch / "MANIFEST.json", *folders, scratch]:
+        _sync(path)
+
+
+def save_dense(
+    folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the merged dense model and its tokenizer as a Hugging Face folder; `state` is its dense state dict."""
+    state = state or sparsity.dense_state_dict()
     if sparsity.core is not sparsity.model:
         state = merged_state_dict(sparsity, state)
     sparsity.core.save_pretrained(folder, state_dict=state)
@@ -121,6 +153,11 @@ def verify(folder: Path) -> dict[str, Any]:
             path = folder / name
             if path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
                 raise CheckpointError(f"{folder.name}/{name} is not as it was written.")
+        for path in folder.glob("optimizer/*"):
+            if f"optimizer/{path.name}" not in manifest:
+                raise CheckpointError(
+                    f"{folder.name}/optimizer/{path.name} is not in the manifest."
+                )
         state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
@@ -148,15 +185,19 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def restore(folder: Path, sparsity: Sparsity) -> None:
-    """Put moments, selection and random state back; the model was loaded from `folder`/model, dense."""
+    """Put moments, selection and random state back; the model was loaded from `folder`/model, dense.
+
+    The folder must have passed `verify`. Ranks that share the layers read what one process wrote, and the other way round.
+    """
     optimizer = sparsity.optimizer
     if optimizer is None:
         raise AssertionError("a run has an optimizer")
-    moments = load_file(folder / "optimizer.safetensors")
-    for name, parameter in sparsity.model.named_parameters():
+    moments = _load_moments(folder, sparsity)
+    sliced = _sliced(sparsity)
+    for name, registered in sparsity.model.named_parameters():
         if f"{name}.step" in moments:
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state = {key: moments[f"{name}.{key}"].to(parameter.device) for key in keys}
+            parameter = sliced[name][1].parameter if name in sliced else registered
+            state = {key: moments[f"{name}.{key}"].to(parameter.device) for key in _KEYS}
             optimizer.state[parameter] = state
     if (folder / "adapters.safetensors").exists():
         sparsity.model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
@@ -176,20 +217,42 @@ def restore(folder: Path, sparsity: Sparsity) -> None:
         torch.cuda.set_rng_state(selection["rng_cuda"])
 
 
-def _adapters(sparsity: Sparsity) -> dict[str, torch.Tensor]:
+def _sliced(sparsity: Sparsity) -> dict[str, tuple[SlicedBlock, SlicedParameter]]:
+    return {part.name: (block, part) for block in sparsity.blocks for part in block.parts}
+
+
+def _load_moments(folder: Path, sparsity: Sparsity) -> dict[str, torch.Tensor]:
+    """Moments by name, of the dense size; this rank's slices of what the ranks share. All units are awake."""
+    cut = {n: (b.shards, p) for n, (b, p) in _sliced(sparsity).items() if b.shards}
+    if (folder / "optimizer.safetensors").exists():
+        moments = load_file(folder / "optimizer.safetensors")
+        for name, (shards, part) in cut.items():
+            for key in (f"{name}.{k}" for k in _KEYS[1:]):
+                if key in moments:
+                    moments[key] = shards.cut(part, moments[key])
+        return moments
+    slices = {
+        f"{name}.{key}": shards.spread(part, torch.zeros_like(part.parameter.data))
+        for name, (shards, part) in cut.items()
+        for key in _KEYS[1:]
+    }
+    return sharding.load_moments(folder / "optimizer", slices)
+
+
+def _adapters(sparsity: Sparsity, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The trained tensors of a peft model; its base is where it was."""
     if sparsity.core is sparsity.model:
         return {}
-    state = sparsity.dense_state_dict()
     return {name: t.contiguous() for name, t in state.items() if ".lora_" in name}
 
 
 def _moments(sparsity: Sparsity) -> dict[str, torch.Tensor]:
     if sparsity.optimizer is None:
         raise AssertionError("a run has an optimizer")
-    sliced = {part.name: (block, part) for block in sparsity.blocks for part in block.parts}
+    sliced = _sliced(sparsity)
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in sparsity.model.named_parameters():
+    for name, registered in sparsity.model.named_parameters():
+        parameter = sliced[name][1].parameter if name in sliced else registered
         state = sparsity.optimizer.state.get(parameter)
         if not state:
             continue
@@ -197,6 +260,8 @@ def _moments(sparsity: Sparsity) -> dict[str, torch.Tensor]:
         if name in sliced:
             block, part = sliced[name]
             pair = block.dense_moments(part, state)
+            if block.shards:
+                pair = (block.shards.spread(part, pair[0]), block.shards.spread(part, pair[1]))
         tensors |= {
             f"{name}.step": state["step"],
             f"{name}.exp_avg": pair[0],

@@ -57,6 +57,14 @@ class Parallel:
         dist.all_reduce(total)
         return total.to(tensor.device)
 
+    def most(self, number: int) -> int:
+        """The greatest over ranks."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank; how a signal that reached one rank reaches all at the same step."""
         return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag))))

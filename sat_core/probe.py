@@ -311,7 +311,7 @@ def valid_tokens(inputs: Inputs) -> Tensor:
 
 def _out_rows(block: SlicedBlock) -> Tensor:
     """Output weights of the widened block, [U, values * H]."""
-    return block.out.unit_rows(block.dense(block.out))[0]
+    return block.out.unit_rows(block.whole(block.out))[0]
 
 
 def _num_inner(block: SlicedBlock) -> int:
@@ -321,7 +321,7 @@ def _num_inner(block: SlicedBlock) -> int:
 def _input_rows(block: SlicedBlock, hidden: int) -> list[Tensor]:
     """Input weights of the widened block, [U * rows, H] for each segment, gate before up."""
     weights = [p for p in block.parts if not p.out and p.parameter.dim() > 1]
-    return [m.reshape(-1, hidden) for p in weights for m in p.unit_rows(block.dense(p))]
+    return [m.reshape(-1, hidden) for p in weights for m in p.unit_rows(block.whole(p))]
 
 
 def _inner_rows(piece: Piece, units: Tensor, block: SlicedBlock) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,17 @@ class SlicedParameter:
         return [stretch.reshape(self.num_units, -1) for stretch in torch.split(moved, sizes, dim=1)]
 
 
+class Shards(Protocol):
+    """Ranks that hold a slice of every unit each; `sat_core.sharding.Sharding` is one."""
+
+    def gather(self, part: SlicedParameter, local: Tensor) -> Tensor: ...  # noqa: D102
+    def cut(self, part: SlicedParameter, full: Tensor) -> Tensor: ...  # noqa: D102
+    def spread(self, part: SlicedParameter, local: Tensor) -> Tensor: ...  # noqa: D102
+    def kept(self, full: Tensor) -> Tensor: ...  # noqa: D102
+    def show(self, block: SlicedBlock) -> None: ...  # noqa: D102
+    def hide(self, block: SlicedBlock) -> None: ...  # noqa: D102
+
+
 @dataclass
 class SlicedBlock:
     """The MLP or the attention of one layer: `num_units` units, of which `awake_K` (ascending) compute.
@@ -114,6 +125,7 @@ class SlicedBlock:
         asleep_on: device where sleepers wait.
         trained_U: bool [U], units that were awake in an optimizer step.
         score_U: float32 [U], the last scores; None before the first.
+        shards: the ranks that share it; None where this process has all of it.
     """
 
     layer: int
@@ -127,6 +139,7 @@ class SlicedBlock:
     awake_K: Tensor = field(init=False)
     trained_U: Tensor = field(init=False)
     score_U: Tensor | None = field(default=None, init=False)
+    shards: Shards | None = field(default=None, init=False)
     _narrow: list[Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -189,13 +202,21 @@ class SlicedBlock:
             awake = part.take(full, awake_K) if len(sleepers) else full
             _replace(part.parameter, awake)
         self.awake_K = awake_K
-        self._tell_width(self.num_awake)
+        self.tell_width()
 
     def dense(self, part: SlicedParameter) -> Tensor:
-        """The full parameter, awake and asleep rows in their places; the parameter's own tensor while all are awake."""
+        """The full parameter, awake and asleep rows in their places; the parameter's own tensor while all are awake.
+
+        Where ranks share the block it is this rank's slice; `whole` is all of it.
+        """
         if self._narrow is not None:
             return part.parameter.data
         return self._merge(part, part.parameter.data, part.asleep)
+
+    def whole(self, part: SlicedParameter) -> Tensor:
+        """The full parameter from all ranks, which must all ask; `dense` where there is but this one."""
+        full = self.dense(part)
+        return full if self.shards is None or self.widened else self.shards.gather(part, full)
 
     def dense_moments(self, part: SlicedParameter, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """`exp_avg` (zero where asleep) and `exp_avg_sq` of the full parameter."""
@@ -209,13 +230,15 @@ class SlicedBlock:
     @torch.no_grad()
     def widen(self) -> None:
         """Put the full weights in place for a forward without gradient; `narrow` undoes it."""
-        if self.num_awake == self.num_units or self._narrow is not None:
+        if self._narrow is not None or (self.num_awake == self.num_units and not self.shards):
             return
-        full = [self.dense(part) for part in self.parts]
+        full = [self.whole(part) for part in self.parts]
         self._narrow = [part.parameter.data for part in self.parts]
         for part, tensor in zip(self.parts, full, strict=True):
             part.parameter.data = tensor
-        self._tell_width(self.num_units)
+        if self.shards:
+            self.shards.show(self)
+        self.tell_width()
 
     def narrow(self) -> None:
         """Put the awake rows back after `widen`."""
@@ -224,7 +247,20 @@ class SlicedBlock:
         for part, tensor in zip(self.parts, self._narrow, strict=True):
             part.parameter.data = tensor
         self._narrow = None
-        self._tell_width(self.num_awake)
+        if self.shards:
+            self.shards.hide(self)
+        self.tell_width()
+
+    def tell_width(self) -> None:
+        """Make attributes that the stock forward reads as wide as the parameters are."""
+        num_units = self.num_units if self.widened else self.num_awake
+        for owner, name, per_unit in self.attributes:
+            setattr(owner, name, round(num_units * per_unit))
+        for owner in {id(part.owner): part.owner for part in self.parts}.values():
+            if isinstance(owner, nn.Linear):
+                owner.out_features, owner.in_features = owner.weight.shape
+            elif hasattr(owner, "nf"):
+                owner.nx, owner.nf = owner.weight.shape
 
     def _check(self, awake_K: Tensor) -> None:
         good = len(awake_K) > 0 and int(awake_K[0]) >= 0 and int(awake_K[-1]) < self.num_units
@@ -241,15 +277,6 @@ class SlicedBlock:
             raise RuntimeError(
                 "refresh between optimizer steps only: a gradient exists or a probe is running"
             )
-
-    def _tell_width(self, num_units: int) -> None:
-        for owner, name, per_unit in self.attributes:
-            setattr(owner, name, round(num_units * per_unit))
-        for owner in {id(part.owner): part.owner for part in self.parts}.values():
-            if isinstance(owner, nn.Linear):
-                owner.out_features, owner.in_features = owner.weight.shape
-            elif hasattr(owner, "nf"):
-                owner.nx, owner.nf = owner.weight.shape
 
     def _waiting(self, rows: Tensor) -> Tensor:
         """Sleepers' rows where they wait."""

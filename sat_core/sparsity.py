@@ -86,7 +86,10 @@ class Sparsity:
         self.core: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self.shape = shape_of(self.core.config.to_dict())
         self.family: Family = family_of(self.shape.model_type)
-        on_gpu = next(model.parameters()).is_cuda
+        # Layers that several GPUs will share are cut while they are still in the host's memory.
+        on_gpu = next(model.parameters()).is_cuda or (
+            self.parallel.world > 1 and self.parallel.device != "cpu"
+        )
         self.multiple = config.multiple or (128 if on_gpu else 8)
         self._names = {id(p): n for n, p in model.named_parameters()}
         layers = range(self.shape.num_layers)
@@ -258,6 +261,11 @@ class Sparsity:
                 return found
         raise AttributeError(f"{type(block.module).__name__} has no activation function we know")
 
+    @property
+    def whole(self) -> bool:
+        """Whether this process can hold the whole dense model at once."""
+        return not any(block.shards for block in self.blocks)
+
     @contextmanager
     def dense_forward(self) -> Iterator[None]:
         """Within, a forward without gradient is that of the dense model, widened one block at a time.
@@ -289,10 +297,15 @@ class Sparsity:
                 layer._compiled_call_impl = call
 
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """The dense model's state dict; tensors that are not sliced are the model's own."""
+        """The dense model's state dict; tensors that are not sliced are the model's own.
+
+        Where ranks share the layers all must ask, and only the first one gets the sliced tensors.
+        """
         state = dict(self.model.state_dict())
         for block in self.blocks:
-            state.update({part.name: block.dense(part) for part in block.parts})
+            for part in block.parts:
+                full = block.whole(part)
+                state[part.name] = block.shards.kept(full) if block.shards else full
         return state
 
     def _agree(self, probe: Probe) -> None:
@@ -366,7 +379,7 @@ class Sparsity:
     def _mean_contribution(self, block: SlicedBlock, mean_I: Tensor) -> Tensor:
         """What the sleepers would add on average, [H]."""
         values = block.out.segments[0]
-        out_IH = block.out.unit_rows(block.dense(block.out))[0].reshape(len(mean_I), -1)
+        out_IH = block.out.unit_rows(block.whole(block.out))[0].reshape(len(mean_I), -1)
         sleeping_I = torch.ones(block.num_units, dtype=torch.bool, device=mean_I.device)
         sleeping_I[block.awake_K] = False
         sleeping_I = sleeping_I.repeat_interleave(values)

@@ -39,6 +39,7 @@ from sat_core.plan.accounting import Cost, Widths, forward_flops, step_flops
 from sat_core.plan.errors import ConfigError, PlanError
 from sat_core.plan.schedule import learning_rate_at
 from sat_core.progress import Counters, StepResult
+from sat_core.sharding import Sharding
 from sat_core.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Run:
             kind=config.optimizer,
         )
         self.sparsity = Sparsity(model, self.optimizer, config.sat, parallel)
+        self.sharding = self._shard() if self._shared else None
         self.counters, self.measures = Counters(), Measures()
         self.last_loss: float | None = None
         self._warm = False
@@ -214,6 +216,12 @@ class Run:
     def _gradients(self, batches: list[Batch]) -> StepResult:
         """Forward and backward of all micro-batches, summed over ranks and clipped."""
         parallel = self.parallel
+        if self.sharding:
+            self.sharding.settle()
+            # Every rank takes part in every layer's forward; who has fewer micro-batches makes one without labels.
+            unlabelled = torch.full_like(batches[-1].labels_BT, IGNORED_LABEL)
+            extra = parallel.most(len(batches)) - len(batches)
+            batches = batches + extra * [batches[-1]._replace(labels_BT=unlabelled)]
         per_batch = [int((b.labels_BT[:, 1:] != IGNORED_LABEL).sum()) for b in batches]
         labels = int(parallel.sum(torch.tensor(sum(per_batch))))
         totals, correct = [], 0
@@ -223,9 +231,12 @@ class Run:
             torch.autograd.backward(found.total / labels)
             totals.append(float(found.total.detach()))
             correct += int(found.correct)
-        parallel.sum_gradients(self.model.parameters())
         limit = self.config.max_grad_norm or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if self.sharding:
+            norm = self.sharding.collect_gradients(limit)
+        else:
+            parallel.sum_gradients(self.model.parameters())
+            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         sums = torch.tensor([sum(totals), correct], dtype=torch.float64)
         loss, accuracy = (parallel.sum(sums) / labels).tolist()
         cost = Cost(
@@ -405,9 +416,10 @@ class Run:
     def _save(self) -> Path:
         folder = self.folder / "checkpoints"
         saved = folder / checkpoint.name_of(self.counters.step)
-        if self.parallel.first:
+        if self.parallel.first or self.sharding:
             state = {**asdict(self.counters), "measures": self.measures.to_dict()}
             checkpoint.save(folder, self.sparsity, self.tokenizer, state)
+        if self.parallel.first:
             self._tell_checkpoint(folder, saved)
         self.parallel.wait()
         return saved
@@ -441,11 +453,22 @@ class Run:
     def _load(self, resume: Path | None) -> tuple[Any, Any]:
         """The base model; with full tuning that of the checkpoint, where there is one."""
         config = self.config
+        device = "cpu" if self._shared else self.device
         if resume and config.tuning == "full":
-            return load_model(str(resume / "model"), device=self.device)
+            return load_model(str(resume / "model"), device=device)
         revision = None if config.model_path else config.model_revision
         source = config.model_path or config.model_name
-        return load_model(source, revision=revision, device=self.device)
+        return load_model(source, revision=revision, device=device)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether each rank is to hold a slice of the layers."""
+        return self.config.sharding == "fsdp" and self.parallel.world > 1
+
+    def _shard(self) -> Sharding:
+        sparsity = self.sparsity
+        layers: Any = sparsity.core.get_submodule(sparsity.family.layers)
+        return Sharding(self.model, layers, sparsity.blocks, self.parallel, half=self._half)
 
     def _resume_point(self) -> Path | None:
         if not self.config.resume_from:
@@ -463,10 +486,15 @@ class Run:
         self.counters = Counters(**{k: state[k] for k in asdict(self.counters)})
         self.measures = Measures.from_dict(state["measures"])
 
+    @property
+    def _half(self) -> bool:
+        """Whether matrices are multiplied in bfloat16."""
+        precision = self.config.precision
+        return precision == "bf16" or (precision == "auto" and self.device != "cpu")
+
     def _autocast(self) -> AbstractContextManager[Any]:
-        kind, precision = self.device.partition(":")[0], self.config.precision
-        half = precision == "bf16" or (precision == "auto" and kind == "cuda")
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
+        kind = self.device.partition(":")[0]
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self._half)
 
     def _peak_memory(self) -> int:
         if self.device != "cpu":

@@ -24,6 +24,7 @@ DEFAULT_MLP_RATE = 0.5
 WORTHWHILE_SPEEDUP = 1.15
 TOKENS_PER_MICRO_BATCH = 8192
 CPU_WIDTH_MULTIPLE = 8
+GRADIENT_METRICS = ("taylor", "fisher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ def resolve(
     steps = sat.train.max_steps or epochs * per_epoch
     peak = _learning_rate(request, shape)
     sat_config, warnings = _sat_config(request, shape, steps, seq_len)
+    _refuse_unshardable(request, shape)
     micro = min(
         batch,
         sat.train.micro_batch_size
@@ -223,6 +225,27 @@ def _refuse_impossible(config: SatConfig, shape: ModelShape) -> None:
     if config.compensation and shape.experts > 1:
         raise ConfigError(
             "sat.compensation is true; inside experts it is not supported.", "sat.compensation"
+        )
+
+
+def _refuse_unshardable(request: RunRequest, shape: ModelShape) -> None:
+    """What the ranks cannot do while each holds only a slice of a layer."""
+    train, metric = request.sat.train, request.sat.importance.metric
+    if train.sharding != "fsdp":
+        return
+    no_mlp_module = not family_of(shape.model_type).mlp_module
+    reasons = {
+        f"sat.train.tuning {train.tuning!r}": train.tuning != "full",
+        f"sat.train.optimizer {train.optimizer!r}": train.optimizer != "adamw",
+        "sat.train.compile": train.compile,
+        f"sat.importance.metric {metric!r}": metric in GRADIENT_METRICS,
+        f"a {shape.model_type} model": no_mlp_module,
+    }
+    if refused := next((words for words, holds in reasons.items() if holds), None):
+        raise ConfigError(
+            f"sat.train.sharding is 'fsdp', which does not work with {refused}; leave sharding at 'none'.",
+            "sat.train.sharding",
+            "conflicting_parameters",
         )
 
 
