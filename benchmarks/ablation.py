@@ -20,7 +20,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from torch import Tensor
 from cli.demo_material import make
 from sat_core.__main__ import main as sat_core
 from sat_core.slicing import SlicedBlock, SlicedParameter
+from sat_core.sparsity import Sparsity
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
@@ -40,12 +41,12 @@ BASE_STEPS = 800
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm: settings laid over the default's `sat` object, steps as a share of the full run, a variant of waking."""
+    """One arm: settings laid over the default's `sat` object, steps as a share of the full run, a variant of the code."""
 
     name: str
     sat: dict[str, Any] = field(default_factory=dict)
     steps_share: float = 1.0
-    waking: str = "ramp"
+    variant: str = ""
 
 
 def rates(mlp: float, attention: float = 0.0) -> dict[str, Any]:
@@ -58,11 +59,12 @@ DENSE = [Cell("dense", {"mode": "off"})] + [
 DEFAULT = Cell("default")
 SAT = [
     DEFAULT,
+    Cell("allotment by local error", variant="local"),
     Cell("allotment exempt", {"allotment": "exempt"}),
     Cell("allotment uniform", {"allotment": "uniform"}),
     *(
         Cell(f"metric {m}", {"importance": {"metric": m}})
-        for m in ("uniform", "magnitude", "wanda", "maxip", "fluctuation", "taylor")
+        for m in ("uniform", "magnitude", "wanda", "maxip", "fluctuation", "taylor", "fisher")
     ),
     Cell("selector sample", {"importance": {"selector": "sample"}}),
     Cell("selector mixed", {"importance": {"selector": "mixed"}}),
@@ -71,12 +73,19 @@ SAT = [
     Cell("rate .42 for .93", {**rates(0.42), "schedule": {"sparse_share": 0.933}}),
     Cell("rungs 1", {"schedule": {"rungs": 1, "sparse_share": 0.8125}}),
     Cell("rungs 8", {"schedule": {"rungs": 8, "sparse_share": 0.667}}),
-    Cell("waking clears both moments", waking="clear"),
-    Cell("waking keeps both moments", waking="keep"),
+    Cell("waking clears both moments", variant="clear"),
+    Cell("waking keeps both moments", variant="keep"),
     Cell("compensation", {"compensation": True}),
     Cell("attention .25 too", rates(0.5, 0.25)),
 ]
-FEW = ("default", "allotment exempt", "allotment uniform", "metric uniform", "refresh 10")
+FEW = (
+    "default",
+    "allotment by local error",
+    "allotment exempt",
+    "allotment uniform",
+    "metric uniform",
+    "refresh 10",
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ def prepared(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -
 def run_cell(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(dir=work, prefix="run-"))
     (folder / "config.json").write_text(json.dumps(prepared(setting, cell, rate, seed, work)))
-    with waking(cell.waking):
+    with variant(cell.variant):
         run_core("train", folder)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     summary = events[-1]["summary"]
@@ -154,18 +163,23 @@ def run_cell(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -
 
 
 @contextlib.contextmanager
-def waking(rule: str) -> Iterator[None]:
-    """Other rules for the moments of a unit that wakes, for as long as a cell runs."""
-    if rule == "ramp":
+def variant(name: str) -> Iterator[None]:
+    """Another rule in the place of the method's own, for as long as a cell runs."""
+    rules: dict[str, tuple[type, str, Any]] = {
+        "clear": (SlicedBlock, "_move_moments", _clear_both),
+        "keep": (SlicedBlock, "_move_moments", _keep_both),
+        "local": (Sparsity, "whole", property(lambda _: False)),
+    }
+    if not name:
         yield
         return
-    moves: dict[str, Callable[..., None]] = {"clear": _clear_both, "keep": _keep_both}
-    stock = SlicedBlock._move_moments
-    SlicedBlock._move_moments = moves[rule]  # type: ignore[method-assign]
+    owner, attribute, rule = rules[name]
+    stock = owner.__dict__[attribute]
+    setattr(owner, attribute, rule)
     try:
         yield
     finally:
-        SlicedBlock._move_moments = stock  # type: ignore[method-assign]
+        setattr(owner, attribute, stock)
 
 
 def _clear_both(
@@ -242,22 +256,21 @@ def demo_base(work: Path) -> tuple[Path, Path, Path]:
 
 
 def settings(data: Path, work: Path) -> list[Setting]:
-    found = []
-    stories = data / "models" / "stories260k-llama"
-    if stories.exists():
-        texts = data / "datasets" / "pretrain"
-        found += [
-            Setting("stories/far", stories, texts / "tinyshakespeare.txt", 200, SEEDS),
-            Setting("stories/near", stories, texts / "tinystories_val.txt", 200, SEEDS, FEW),
-        ]
-    else:
-        print(f"{stories} is not there: only the demo's model is trained")
     model, near, far = demo_base(work)
-    found += [
-        Setting("demo/far", model, far, 120, SEEDS[:2], FEW),
-        Setting("demo/near", model, near, 120, SEEDS[:2], FEW),
+    found = [
+        Setting("demo/near", model, near, 120, SEEDS, FEW),
+        Setting("demo/far", model, far, 120, SEEDS, FEW),
     ]
-    return found
+    stories = data / "models" / "stories260k-llama"
+    if not stories.exists():
+        print(f"{stories} is not there: only the demo's model is trained")
+        return found
+    texts = data / "datasets" / "pretrain"
+    return [
+        *found,
+        Setting("stories/far", stories, texts / "tinyshakespeare.txt", 200, SEEDS),
+        Setting("stories/near", stories, texts / "tinystories_val.txt", 200, SEEDS, FEW),
+    ]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -76,7 +76,8 @@ def _train(
     folder: Path, config: TrainConfig, events: EventLog, stopping: Callable[[], bool]
 ) -> int:
     from sat_core.parallel import Parallel
-    from sat_core.trainer import Stopped, is_out_of_memory, train
+    from sat_core.step import is_out_of_memory
+    from sat_core.trainer import Stopped, train
 
     parallel = Parallel()
     try:

@@ -1,12 +1,12 @@
 """How a mean omission rate is spread over layers by what each would lose: the sensitivity allotment.
 
-The probe measures, for each block and each rate of `GRID`, the local error: the part of the residual stream that would go
-missing if that share of its least important units slept. The budget is then spent greedily where the error per FLOP saved
-is least, on the lower convex hull of each block's curve, which is the best split for convex curves. Widths come from the
-grid, so only a few are distinct; one block takes the remainder.
+The probe estimates, for each block and each rate of `GRID`, what would be lost if that share of its least important units
+slept (`sat_core.probe` says how). The budget is then spent greedily where the loss per FLOP saved is least, on the lower
+convex hull of each block's curve, which is the best split for convex curves. Widths come from the grid, so only a few are
+distinct; one block takes the remainder.
 
-The road not taken is a sweep of whole losses, layer by layer and rate by rate: it costs up to a sixth of a short run, and a
-local error, one output projection's worth of arithmetic in a forward that runs anyway, did as well.
+The road not taken is a sweep of whole losses, layer by layer and rate by rate: it costs up to a sixth of a short run, and
+one backward of a micro-batch did as well (docs/decisions/0004-allotment.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GRID = (0.25, 0.5, 0.75, 0.9)
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What a block would lose: `errors[j]` is the local error when all but `awake[j]` of its units sleep.
+    """What a block would lose: `errors[j]` is the cost when all but `awake[j]` of its units sleep.
 
     `awake` falls strictly from `num_units`, where the error is 0. `unit_cost` is FLOPs saved per unit asleep, in any one
     currency; rounding of a remainder is to `multiple` units.

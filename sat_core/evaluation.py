@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sat_core.assembly import Assembly
     from sat_core.data.corpus import Corpus
+    from sat_core.events import EventLog
+    from sat_core.plan.config import TrainConfig
+    from sat_core.progress import Counters
     from sat_core.sparsity import Sparsity
 
 OWN_TEXT_TOKENS = 64
@@ -70,6 +74,90 @@ class Measures:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
+
+
+class Judge:
+    """Measures a run before, during and after."""
+
+    def __init__(
+        self,
+        parts: Assembly,
+        config: TrainConfig,
+        held: Corpus,
+        measures: Measures,
+        events: EventLog,
+        *,
+        chat: bool,
+    ) -> None:
+        self.parts, self.config, self.held = parts, config, held
+        self.measures, self.events, self.chat = measures, events, chat
+
+    def begin(self) -> None:
+        """What can only be measured before the first step: the base model's own text and its samples."""
+        config, measures, parts = self.config, self.measures, self.parts
+        with parts.autocast():
+            measures.own_text = write_own_text(
+                parts.sparsity,
+                parts.tokenizer,
+                sequences=config.forgetting_sequences,
+                seed=config.seed,
+                device=parts.device,
+            )
+        measures.forgetting_before = self._forgetting()
+        measures.samples = [
+            {"prompt": p, "before": self._sample(p, 0), "after": ""} for p in config.prompts
+        ]
+
+    def end(self, step: int) -> None:
+        """The same after the last step, when all are awake."""
+        measures = self.measures
+        measures.forgetting_after = self._forgetting()
+        measures.samples = [
+            {**s, "after": self._sample(s["prompt"], step)} for s in measures.samples
+        ]
+
+    def evaluate(self, counters: Counters, *, alive: Callable[[], bool]) -> None:
+        """Held-out loss of the dense model, told as an event; nothing where nothing is held out or `alive` turns false."""
+        if len(self.held) == 0:
+            return
+        self.events.state("evaluating", f"Evaluating on {len(self.held)} held-out sequences")
+        with self.parts.autocast():
+            found = evaluate(
+                self.parts.sparsity,
+                self.held,
+                batch_size=counters.micro_batch_size or self.config.micro_batch_size,
+                device=self.parts.device,
+                alive=alive,
+            )
+        if found is None:
+            return
+        self.measures.first = self.measures.first or found
+        self.measures.last = found
+        self.events.emit(
+            "evaluation",
+            step=counters.step,
+            eval_loss=found.loss,
+            eval_token_accuracy=found.token_accuracy,
+            tokens=found.tokens,
+        )
+
+    def _forgetting(self) -> float | None:
+        if not self.measures.own_text:
+            return None
+        with self.parts.autocast():
+            return own_text_loss(self.parts.sparsity, self.measures.own_text, self.parts.device)
+
+    def _sample(self, prompt: str, step: int) -> str:
+        with self.parts.autocast():
+            text = sample(
+                self.parts.sparsity,
+                self.parts.tokenizer,
+                prompt,
+                max_new_tokens=self.config.max_new_tokens,
+                chat=self.chat,
+            )
+        self.events.emit("sample", step=step, prompt=prompt, text=text)
+        return text
 
 
 @torch.no_grad()

@@ -95,6 +95,15 @@ def taylor(gate_gradient_U: Tensor) -> Tensor:
     return gate_gradient_U.abs().float()
 
 
+def fisher(effect_tU: Tensor, num_labels: int) -> Tensor:
+    """sum_t (dL_t / dm_u)^2 / 2N; float32 [U].
+
+    The rise of the mean loss, to second order and unit by unit, if the unit slept: the diagonal of the empirical Fisher
+    matrix of the factors m (Theis et al. 2018, arXiv 1801.05787).
+    """
+    return effect_tU.float().square().sum(0) / (2 * num_labels)
+
+
 def uniform(num_units: int, *, seed: int, step: int, layer: int, kind: str) -> Tensor:
     """Seeded random scores, float32 [U]: the baseline every other metric must beat. Same on every device."""
     return torch.rand(num_units, generator=generator(seed, step, layer, kind))

@@ -65,7 +65,7 @@ def attention_implementation(config: Any) -> str:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
-def compile_layers(layers: list[nn.Module]) -> None:
+def compile_layers(layers: list[nn.Module], backend: str = "inductor") -> None:
     """torch.compile each decoder layer; one graph serves all layers of one width.
 
     A stage of the ladder brings new widths and so new graphs, at most the grid's for both kinds of units; inside a stage
@@ -76,7 +76,7 @@ def compile_layers(layers: list[nn.Module]) -> None:
     )
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for layer in layers:
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=False, backend=backend)
 
 
 def with_adapters(model: Any, *, rank: int, alpha: int, seed: int) -> Any:
@@ -95,6 +95,10 @@ def with_adapters(model: Any, *, rank: int, alpha: int, seed: int) -> Any:
         ) from error
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+        fan_in_fan_out=any(hasattr(m, "nf") for m in model.modules()),
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)

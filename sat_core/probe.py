@@ -1,30 +1,43 @@
-"""One dense forward on a training micro-batch, watched: scores, local errors, mean contributions and the dense loss.
+"""The dense model on a training micro-batch, watched: scores, what each width would cost, mean contributions, the loss.
 
-Blocks are widened one at a time as the forward passes them, so the peak is one layer more. Everything is reduced where it
-is seen; no activation outlives its layer. `taylor` needs a gradient and is the one metric that widens the whole model, for
-one forward and backward of its own.
+In a stage of the ladder one forward is enough, with blocks widened one at a time as it passes them, so that the peak is one
+layer more. Where a stage begins and the rate is to be allotted by sensitivity, and for the metrics that need a gradient,
+the whole model is widened for one forward and backward; the weights' own gradients are not made. Everything is reduced
+where it is seen.
+
+What a width would cost is estimated to second order by the diagonal of the empirical Fisher matrix (Theis et al. 2018,
+arXiv 1801.05787): with a factor m_u = 1 on each unit's output and d_tu = dL / dm_u at token t, the loss rises by about
+sum_u sum_t d_tu^2 / 2 over the units that sleep. Only where ranks hold slices of the model is it the local error instead:
+the squared share of the residual stream that would go missing, which a forward alone can see.
 
 Axes: B sequences, T valid tokens, H hidden, I inner values of a piece (values of a unit follow each other), U units of a
-block.
+block, J rates of the grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sat_core import importance
-from sat_core.allotment import GRID
-from sat_core.data.corpus import Batch
+from sat_core.data.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
-from sat_core.plan.schedule import awake_units
+from sat_core.pieces import (
+    Piece,
+    activation_function,
+    effects,
+    expert_pieces,
+    inner_rows,
+    input_rows,
+    out_rows,
+    weight_score,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from sat_core.plan.config import SatConfig
@@ -32,6 +45,7 @@ if TYPE_CHECKING:
 
 ERROR_TOKENS = 512
 WEIGHT_METRICS = ("magnitude", "uniform")
+GRADIENT_METRICS = ("fisher", "taylor")
 
 Inputs = Batch | Mapping[str, Tensor]
 """A batch of ours, or keyword arguments of the model's forward, `labels` and `attention_mask` among them."""
@@ -44,28 +58,14 @@ class Subject(Protocol):
     config: SatConfig
 
     @property
+    def whole(self) -> bool: ...  # noqa: D102
+    @property
     def blocks(self) -> list[SlicedBlock]: ...  # noqa: D102
     def layer(self, index: int) -> nn.Module: ...  # noqa: D102
     def dense_forward(self) -> AbstractContextManager[None]: ...  # noqa: D102
+    def dense_model(self) -> AbstractContextManager[None]: ...  # noqa: D102
     def smoothed(self, block: SlicedBlock, score_U: Tensor) -> Tensor: ...  # noqa: D102
     def grid(self, block: SlicedBlock) -> list[int]: ...  # noqa: D102
-    def activation_function(self, block: SlicedBlock) -> Callable[[Tensor], Tensor]: ...  # noqa: D102
-
-
-class Piece(NamedTuple):
-    """Inner values of one output projection; a block has one, or one an expert.
-
-    Attributes:
-        tokens_t: which of the T valid tokens the rows are.
-        inner_tI: its input.
-        out_IH: its weight.
-        first_unit: the piece's first unit in the block.
-    """
-
-    tokens_t: Tensor
-    inner_tI: Tensor
-    out_IH: Tensor
-    first_unit: int
 
 
 @dataclass
@@ -74,8 +74,8 @@ class Seen:
 
     Attributes:
         score_U: raw score, float32.
-        missing_JT: squared norm of what would go missing at each rate of the grid, per token; None where not measured.
-        errors: the same relative to the residual stream after the layer, averaged; filled when the layer ends.
+        missing_JT: squared norm of what would go missing at each rate of the grid, per token, until the layer ends.
+        errors: what each rate of the grid would cost; empty where it was not asked.
         mean_I: mean inner values, for compensation.
     """
 
@@ -87,15 +87,16 @@ class Seen:
 
 @dataclass
 class Probe:
-    """Watch one dense forward of `blocks`.
+    """Watch one dense pass of `blocks`.
 
     Attributes:
         sparsity: whose model and settings.
         blocks: those to look at.
         step: enters random scores.
-        with_errors: whether to measure local errors.
+        with_errors: whether to estimate what each rate would cost.
         seen: by `id` of the block, after `run`.
         loss: mean dense loss of the batch, nats; None without labels.
+        passes: forwards' worth of FLOPs spent: 1, or 3 with a backward.
     """
 
     sparsity: Subject
@@ -104,15 +105,24 @@ class Probe:
     with_errors: bool
     seen: dict[int, Seen] = field(default_factory=dict)
     loss: float | None = None
+    passes: int = 1
     _inputs: dict[int, Tensor] = field(default_factory=dict)
-    _taylor: dict[int, Tensor] = field(default_factory=dict)
+    _pieces: dict[int, list[Piece]] = field(default_factory=dict)
 
     def run(self, inputs: Inputs) -> None:
-        """The forward; fills `seen` and `loss`."""
-        metric = self.sparsity.config.metric
-        if metric == "taylor":
-            self._taylor = taylor_scores(self.sparsity, self.blocks, inputs)
+        """Look; fills `seen` and `loss`.
+
+        Raises:
+            ValueError: where a gradient is needed and the inputs carry no labels.
+        """
         self._valid = valid_tokens(inputs)
+        wanted = self.sparsity.config.metric in GRADIENT_METRICS or self.with_errors
+        if wanted and self.sparsity.whole:
+            self._run_with_gradients(inputs)
+        else:
+            self._run_forward(inputs)
+
+    def _run_forward(self, inputs: Inputs) -> None:
         hooks = [h for block in self.blocks for h in self._hooks(block)]
         if self.with_errors:
             layers = {block.layer for block in self.blocks}
@@ -126,19 +136,75 @@ class Probe:
             for hook in hooks:
                 hook.remove()
 
+    def _run_with_gradients(self, inputs: Inputs) -> None:
+        self.passes = 3
+        embedded: list[Tensor] = []
+
+        def at_embedding(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            embedded.append(output if output.requires_grad else output.requires_grad_())
+            return embedded[0]
+
+        embeddings = self.sparsity.model.get_input_embeddings()
+        hooks = [h for block in self.blocks for h in self._hooks(block)]
+        hooks += [embeddings.register_forward_hook(at_embedding)]
+        for block in self.blocks:
+            owner = block.module if block.out.experts > 1 else block.out.owner
+            hooks.append(owner.register_forward_hook(self._at_gradient(block)))
+        try:
+            with torch.enable_grad(), self.sparsity.dense_model():
+                total, self._labels = summed_loss(self.sparsity.model, inputs)
+                self.loss = float(total.detach()) / self._labels
+                torch.autograd.grad(total, embedded)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _at_gradient(self, block: SlicedBlock) -> Any:
+        """A forward hook that looks at the gradient of a block's output when the backward passes it."""
+
+        def arrived(gradient: Tensor) -> None:
+            pieces = self._pieces.pop(id(block), None)
+            if pieces is None:
+                return
+            gradient_TH = gradient.reshape(-1, gradient.shape[-1])[self._valid].float()
+            effect_tU = [effects(p, gradient_TH, block) for p in pieces]
+            found = self.seen[id(block)]
+            fisher_U = torch.cat([importance.fisher(e, self._labels) for e in effect_tU])
+            if self.sparsity.config.metric == "taylor":
+                found.score_U = importance.taylor(torch.cat([e.sum(0) for e in effect_tU]))
+            elif self.sparsity.config.metric == "fisher":
+                found.score_U = fisher_U
+            if self.with_errors:
+                ranked = self.sparsity.smoothed(block, found.score_U)
+                found.errors = self._fisher_errors(block, fisher_U, ranked)
+
+        def at_output(_: nn.Module, __: Any, output: Any) -> None:
+            output.register_hook(arrived)
+
+        return at_output
+
+    def _fisher_errors(
+        self, block: SlicedBlock, fisher_U: Tensor, score_U: Tensor
+    ) -> tuple[float, ...]:
+        order_SU = score_U.view(block.stretches, -1).argsort(dim=1, stable=True)
+        ranked_SU = fisher_U.view(block.stretches, -1).gather(1, order_SU)
+        lost_U = ranked_SU.sum(0).cumsum(0)
+        asleep = [(block.num_units - k) // block.stretches for k in self.sparsity.grid(block)]
+        return tuple(lost_U[[n - 1 for n in asleep]].tolist())
+
     def _hooks(self, block: SlicedBlock) -> list[Any]:
         """Hooks that see the widened block: `dense_forward` registers before (`prepend`) and after these."""
 
         def at_experts(module: Any, args: tuple[Tensor, ...]) -> None:
             self._inputs[id(block)] = args[0][self._valid]
-            self._look(block, _expert_pieces(module, block, args, self._valid))
+            self._look(block, expert_pieces(module, block, args, self._valid))
 
         def at_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._inputs[id(block)] = args[0].reshape(-1, args[0].shape[-1])[self._valid]
 
         def at_output(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             inner = args[0].reshape(-1, args[0].shape[-1])[self._valid]
-            out_IH = _out_rows(block).reshape(inner.shape[1], -1)
+            out_IH = out_rows(block).reshape(inner.shape[1], -1)
             everywhere = torch.arange(len(inner), device=inner.device)
             self._look(block, [Piece(everywhere, inner, out_IH, 0)])
 
@@ -150,12 +216,19 @@ class Probe:
             block.out.owner.register_forward_pre_hook(at_output),
         ]
 
+    @torch.no_grad()
     def _look(self, block: SlicedBlock, pieces: list[Piece]) -> None:
+        if id(block) in self.seen:
+            return  # seen before: gradient checkpointing computes it again
         found = Seen(self._score(block, pieces, self._inputs.pop(id(block))))
         config = self.sparsity.config
+        if self.passes > 1:
+            self._pieces[id(block)] = [
+                p._replace(inner_tI=p.inner_tI.detach(), out_IH=p.out_IH.detach()) for p in pieces
+            ]
         if config.compensation:
             found.mean_I = torch.cat([p.inner_tI.float().mean(0) for p in pieces])
-        if self.with_errors:
+        if self.with_errors and self.passes == 1:
             ranked = self.sparsity.smoothed(block, found.score_U)
             found.missing_JT = self._missing(block, pieces, ranked)
         self.seen[id(block)] = found
@@ -164,17 +237,17 @@ class Probe:
         config = self.sparsity.config
         metric, units, kind = config.metric, block.num_units, block.kind
         num_tokens = len(input_TH)
-        if metric == "taylor":
-            return self._taylor[id(block)]
+        if metric in GRADIENT_METRICS:
+            return torch.zeros(units, device=input_TH.device)  # until the backward passes
         if metric in ("activation", "fluctuation"):
             score = getattr(importance, metric)
             inner_I = torch.cat([score(p.inner_tI, p.out_IH, num_tokens) for p in pieces])
             return importance.per_unit(inner_I, units)
         if metric in WEIGHT_METRICS:
             return weight_score(block, metric, seed=config.seed, step=self.step)
-        rows = _input_rows(block, input_TH.shape[1])
+        rows = input_rows(block, input_TH.shape[1])
         if metric == "maxip" and kind == "mlp":
-            act = self.sparsity.activation_function(block)
+            act = activation_function(block)
             score_U = importance.maxip_mlp(input_TH.mean(0), rows, act)
         elif metric == "maxip":
             mean_H = input_TH.mean(0)
@@ -184,7 +257,7 @@ class Probe:
             norm_H = input_TH.norm(dim=0)
             scored = [importance.wanda_rows(norm_H, r).reshape(units, -1) for r in rows]
             score_U = importance.joined(scored, kind)
-        return score_U * importance.out_norm(_out_rows(block), kind)
+        return score_U * importance.out_norm(out_rows(block), kind)
 
     def _missing(self, block: SlicedBlock, pieces: list[Piece], score_U: Tensor) -> Tensor:
         """Squared norms of the contributions that would go missing, [rates, tokens]; a subset of the tokens."""
@@ -203,7 +276,7 @@ class Probe:
             fresh = order_SU[:, asleep:now].flatten()
             asleep = now
             for piece in pieces:
-                rows = _inner_rows(piece, fresh, block)
+                rows = inner_rows(piece, fresh, block)
                 picked = piece.tokens_t % stride == 0
                 part_tH = piece.inner_tI[picked][:, rows] @ piece.out_IH[rows].to(
                     piece.inner_tI.dtype
@@ -230,62 +303,21 @@ class Probe:
         return end
 
 
-def weight_score(block: SlicedBlock, metric: str, *, seed: int, step: int) -> Tensor:
-    """Scores that need no forward: `uniform` and `magnitude`; float32 [U]."""
-    if metric == "uniform":
-        scores = importance.uniform(
-            block.num_units, seed=seed, step=step, layer=block.layer, kind=block.kind
+def summed_loss(model: Any, inputs: Inputs) -> tuple[Tensor, int]:
+    """Summed loss, with its graph, and labels.
+
+    Raises:
+        ValueError: where the inputs carry no labels.
+    """
+    if isinstance(inputs, Batch):
+        found = token_loss(model, inputs)
+        return found.total, max(found.labels, 1)
+    if "labels" not in inputs:
+        raise ValueError(
+            "the probe's inputs have no labels, which this metric or allotment needs; allotment 'exempt' needs none"
         )
-        return scores.to(block.awake_K.device)
-    out_rows = _out_rows(block)
-    rows = _input_rows(block, out_rows.shape[1] * block.num_units // _num_inner(block))
-    scored = [importance.magnitude_rows(r).reshape(block.num_units, -1) for r in rows]
-    return importance.joined(scored, block.kind) * importance.out_norm(out_rows, block.kind)
-
-
-def taylor_scores(
-    sparsity: Subject, blocks: list[SlicedBlock], inputs: Inputs
-) -> dict[int, Tensor]:
-    """|dL / dm_u| of a factor on each unit's output projection, by `id` of the block; one dense forward and backward."""
-    for block in sparsity.blocks:
-        block.widen()
-    try:
-        gates = {
-            id(b): torch.ones(b.num_units, device=b.awake_K.device, requires_grad=True)
-            for b in blocks
-        }
-        loss = gated_loss(sparsity.model, blocks, gates, inputs)
-        gradients = torch.autograd.grad(loss, list(gates.values()))
-    finally:
-        for block in sparsity.blocks:
-            block.narrow()
-    return {key: importance.taylor(g) for key, g in zip(gates, gradients, strict=True)}
-
-
-def gated_loss(
-    model: Any, blocks: list[SlicedBlock], gates: Mapping[int, Tensor], inputs: Inputs
-) -> Tensor:
-    """Mean loss with every unit's output multiplied by its gate [U]; gradients reach gates and parameters."""
-    scaled = {
-        f"model.{b.out.name}": b.out.parameter
-        * b.out.spread(gates[id(b)].to(b.out.parameter.dtype))
-        for b in blocks
-    }
-    result: Tensor = torch.func.functional_call(_Loss(model), scaled, (inputs,))
-    return result
-
-
-class _Loss(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        if isinstance(inputs, Batch):
-            found = token_loss(self.model, inputs)
-            return found.total / max(found.labels, 1)
-        loss: Tensor = self.model(**inputs).loss
-        return loss
+    labels = max(int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum()), 1)
+    return model(**inputs).loss * labels, labels
 
 
 def mean_loss(model: Any, inputs: Inputs) -> float | None:
@@ -307,50 +339,3 @@ def valid_tokens(inputs: Inputs) -> Tensor:
     if mask is None:
         mask = torch.ones_like(inputs["input_ids"])
     return mask.bool().flatten()
-
-
-def _out_rows(block: SlicedBlock) -> Tensor:
-    """Output weights of the widened block, [U, values * H]."""
-    return block.out.unit_rows(block.whole(block.out))[0]
-
-
-def _num_inner(block: SlicedBlock) -> int:
-    return block.num_units * block.out.segments[0]
-
-
-def _input_rows(block: SlicedBlock, hidden: int) -> list[Tensor]:
-    """Input weights of the widened block, [U * rows, H] for each segment, gate before up."""
-    weights = [p for p in block.parts if not p.out and p.parameter.dim() > 1]
-    return [m.reshape(-1, hidden) for p in weights for m in p.unit_rows(block.whole(p))]
-
-
-def _inner_rows(piece: Piece, units: Tensor, block: SlicedBlock) -> Tensor:
-    """Inner values of those of `units` that are in `piece`."""
-    values = block.out.segments[0]
-    here = units - piece.first_unit
-    here = here[(here >= 0) & (here < piece.inner_tI.shape[1] // values)]
-    return (here[:, None] * values + torch.arange(values, device=here.device)).flatten()
-
-
-def _expert_pieces(
-    module: Any, block: SlicedBlock, args: tuple[Tensor, ...], valid: Tensor
-) -> list[Piece]:
-    """Inner values of each expert, weighted by the router, from the inputs of a stock experts module."""
-    hidden_TH, index_Tk, weight_Tk = (a[valid] for a in args)
-    per_expert = block.num_units // block.out.experts
-    out_UH = _out_rows(block)
-    pieces = []
-    for expert in range(block.out.experts):
-        tokens, slot = torch.where(index_Tk == expert)
-        gate, up = nn.functional.linear(hidden_TH[tokens], module.gate_up_proj[expert]).chunk(2, -1)
-        inner = module.act_fn(gate) * up * weight_Tk[tokens, slot, None]
-        first = expert * per_expert
-        pieces.append(Piece(tokens, inner, out_UH[first : first + per_expert], first))
-    return pieces
-
-
-def probe_grid(block: SlicedBlock, multiple: int) -> list[int]:
-    """Awake units of the block at each rate of the grid, strictly falling."""
-    per_stretch = block.num_units // block.stretches
-    counts = [awake_units(per_stretch, rate, multiple) * block.stretches for rate in GRID]
-    return [k for k in sorted(set(counts), reverse=True) if k < block.num_units]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sat_core.probe import gated_loss
+from sat_core.loss import token_loss
 
 if TYPE_CHECKING:
-    from sat_core.probe import Inputs
+    from sat_core.data.corpus import Batch
     from sat_core.sparsity import Sparsity
 
 Masks = dict[tuple[str, int], Tensor]
@@ -32,10 +32,26 @@ def masks_of(sparsity: Sparsity) -> Masks:
     return masks
 
 
-def masked_loss(sparsity: Sparsity, masks: Masks, inputs: Inputs) -> Tensor:
+def masked_loss(sparsity: Sparsity, masks: Masks, batch: Batch) -> Tensor:
     """Mean loss of the dense model with sleepers masked; `sparsity` only says where the units are."""
-    gates = {id(b): masks[b.kind, b.layer].to(b.out.parameter.dtype) for b in sparsity.blocks}
-    return gated_loss(sparsity.model, sparsity.blocks, gates, inputs)
+    masked = {}
+    for block in sparsity.blocks:
+        mask_U = masks[block.kind, block.layer]
+        for part in (p for p in block.parts if p.out):
+            mask = part.spread(mask_U.to(part.parameter.dtype))
+            masked[f"model.{part.name}"] = part.parameter * mask
+    loss: Tensor = torch.func.functional_call(_Loss(sparsity.model), masked, (batch,))
+    return loss
+
+
+class _Loss(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        found = token_loss(self.model, batch)
+        return found.total / found.labels
 
 
 class MaskedAdamW:
@@ -95,9 +111,9 @@ class MaskedAdamW:
             self.trained[key] |= mask
 
 
-def train_step(sparsity: Sparsity, optimizer: MaskedAdamW, inputs: Inputs, masks: Masks) -> float:
+def train_step(sparsity: Sparsity, optimizer: MaskedAdamW, batch: Batch, masks: Masks) -> float:
     """Forward, backward and update of one batch; the mean loss before the update."""
-    loss = masked_loss(sparsity, masks, inputs)
+    loss = masked_loss(sparsity, masks, batch)
     torch.autograd.backward(loss)
     optimizer.step(masks)
     sparsity.model.zero_grad(set_to_none=True)

@@ -33,7 +33,8 @@ class SlicedParameter:
         dim: dimension that narrows.
         segments: rows of each unit in each stretch of that dimension; stretches follow each other.
         num_units: units of the full parameter.
-        out: whether it is the projection back into the residual stream.
+        out: whether it reads the units' values, as the projection back into the residual stream does.
+        adapter: whether it is LoRA's, beside the projection's own.
         experts: size of the leading dimension of experts, 1 where there is none; units then count over all experts.
         asleep: rows of the sleeping units, in ascending unit order; None while all are awake.
         asleep_sq: their `exp_avg_sq`; None where the optimizer has not stepped yet.
@@ -46,6 +47,7 @@ class SlicedParameter:
     segments: tuple[int, ...]
     num_units: int
     out: bool = False
+    adapter: bool = False
     experts: int = 1
     asleep: Tensor | None = None
     asleep_sq: Tensor | None = None
@@ -235,7 +237,7 @@ class SlicedBlock:
         full = [self.whole(part) for part in self.parts]
         self._narrow = [part.parameter.data for part in self.parts]
         for part, tensor in zip(self.parts, full, strict=True):
-            part.parameter.data = tensor
+            _replace(part.parameter, tensor)
         if self.shards:
             self.shards.show(self)
         self.tell_width()
@@ -245,7 +247,7 @@ class SlicedBlock:
         if self._narrow is None:
             return
         for part, tensor in zip(self.parts, self._narrow, strict=True):
-            part.parameter.data = tensor
+            _replace(part.parameter, tensor)
         self._narrow = None
         if self.shards:
             self.shards.hide(self)

@@ -21,17 +21,20 @@ from torch import Tensor, nn
 
 from sat_core import importance
 from sat_core.allotment import Curve, allot
+from sat_core.blocks import Anatomy, attention_block, mlp_block
 from sat_core.parallel import Parallel
+from sat_core.pieces import probe_grid, weight_score
 from sat_core.plan.accounting import Widths, attention_units
 from sat_core.plan.config import SatConfig
-from sat_core.plan.families import Family, Slice, family_of, shape_of
 from sat_core.plan.schedule import awake_units, layer_rates
-from sat_core.probe import WEIGHT_METRICS, Inputs, Probe, Seen, probe_grid, weight_score
+from sat_core.probe import WEIGHT_METRICS, Inputs, Probe, Seen
 from sat_core.selection import select
-from sat_core.slicing import SlicedBlock, SlicedParameter, follow
+from sat_core.slicing import SlicedBlock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    from sat_core.plan.families import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +44,15 @@ class Refresh:
     Attributes:
         share: share of the full omission rate from this step on.
         dense_loss: mean loss of the probe's batch on the dense model, nats; None where no probe ran.
-        probed: whether a dense forward of the batch was spent.
-        errors: (kind, layer) -> (omission rate, local error) pairs, where the rate was allotted by sensitivity.
+        passes: forwards' worth of FLOPs that the probe spent on the batch.
+        errors: (kind, layer) -> (omission rate, cost) pairs, where the rate was allotted by sensitivity.
         changed: blocks whose units were chosen.
         churn: by `id` of a block, share of its awake units that slept before.
     """
 
     share: float
     dense_loss: float | None
-    probed: bool
+    passes: int
     errors: dict[tuple[str, int], list[tuple[float, float]]]
     changed: list[SlicedBlock]
     churn: dict[int, float]
@@ -83,19 +86,18 @@ class Sparsity:
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.parallel = parallel or Parallel()
-        self.core: Any = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.shape = shape_of(self.core.config.to_dict())
-        self.family: Family = family_of(self.shape.model_type)
+        self.anatomy = Anatomy.of(model, config)
+        self.core, self.shape = self.anatomy.core, self.anatomy.shape
+        self.family: Family = self.anatomy.family
         # Layers that several GPUs will share are cut while they are still in the host's memory.
         on_gpu = next(model.parameters()).is_cuda or (
             self.parallel.world > 1 and self.parallel.device != "cpu"
         )
         self.multiple = config.multiple or (128 if on_gpu else 8)
-        self._names = {id(p): n for n, p in model.named_parameters()}
         layers = range(self.shape.num_layers)
-        self.mlp = [self._mlp_block(i) for i in layers]
+        self.mlp = [mlp_block(self.anatomy, i) for i in layers]
         self.attention = (
-            [] if self.shape.whole_heads else [self._attention_block(i) for i in layers]
+            [] if self.shape.whole_heads else [attention_block(self.anatomy, i) for i in layers]
         )
         self.share, self.cap = 0.0, 1.0
         self.bias: dict[int, Tensor] = {}
@@ -129,8 +131,7 @@ class Sparsity:
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer of the model."""
-        module: nn.Module = self.core.get_submodule(f"{self.family.layers}.{index}")
-        return module
+        return self.anatomy.layer(index)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -201,7 +202,7 @@ class Sparsity:
         return Refresh(
             share=share,
             dense_loss=probe.loss,
-            probed=probed,
+            passes=probe.passes if probed else 0,
             errors={(b.kind, b.layer): self._curve_rows(b, probe) for b in chosen}
             if by_errors
             else {},
@@ -253,31 +254,41 @@ class Sparsity:
         """Widths at which the probe measures the block."""
         return probe_grid(block, self.multiple if block.kind == "mlp" else 1)
 
-    def activation_function(self, block: SlicedBlock) -> Callable[[Tensor], Tensor]:
-        """The MLP's nonlinearity, under whichever name the architecture keeps it."""
-        for name in ("act_fn", "activation_fn", "act"):
-            if hasattr(block.module, name):
-                found: Callable[[Tensor], Tensor] = getattr(block.module, name)
-                return found
-        raise AttributeError(f"{type(block.module).__name__} has no activation function we know")
-
     @property
     def whole(self) -> bool:
         """Whether this process can hold the whole dense model at once."""
         return not any(block.shards for block in self.blocks)
 
     @contextmanager
-    def dense_forward(self) -> Iterator[None]:
-        """Within, a forward without gradient is that of the dense model, widened one block at a time.
+    def dense_model(self) -> Iterator[None]:
+        """Within, the whole model is dense, gradients included."""
+        with self._eager_layers():
+            try:
+                for block in self.blocks:
+                    block.widen()
+                yield
+            finally:
+                for block in self.blocks:
+                    block.narrow()
 
-        Compiled layers run eagerly meanwhile: their graphs are of the narrow shapes, and hooks would be a recompile.
-        """
+    @contextmanager
+    def _eager_layers(self) -> Iterator[None]:
+        """Compiled layers run eagerly meanwhile: their graphs are of narrow shapes, and hooks would be a recompile."""
         layers = self.layers
         compiled = [layer._compiled_call_impl for layer in layers]
-        hooks: list[Any] = []
         try:
             for layer in layers:
                 layer._compiled_call_impl = None
+            yield
+        finally:
+            for layer, call in zip(layers, compiled, strict=True):
+                layer._compiled_call_impl = call
+
+    @contextmanager
+    def dense_forward(self) -> Iterator[None]:
+        """Within, a forward without gradient is that of the dense model, widened one block at a time."""
+        hooks: list[Any] = []
+        try:
             for block in self.blocks:
                 hooks += [
                     block.module.register_forward_pre_hook(
@@ -287,14 +298,13 @@ class Sparsity:
                         lambda *_, b=block: b.narrow(), always_call=True
                     ),
                 ]
-            yield
+            with self._eager_layers():
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
             for block in self.blocks:
                 block.narrow()
-            for layer, call in zip(layers, compiled, strict=True):
-                layer._compiled_call_impl = call
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The dense model's state dict; tensors that are not sliced are the model's own.
@@ -393,98 +403,6 @@ class Sparsity:
 
         return add
 
-    def _mlp_block(self, layer: int) -> SlicedBlock:
-        shape, family = self.shape, self.family
-        units = shape.intermediate * shape.experts
-        parts = self._parts(layer, family.mlp, units)
-        module = self.layer(layer).get_submodule(family.mlp_module)
-        attributes: list[tuple[Any, str, float]] = (
-            [(module, "intermediate_dim", 1 / shape.experts)] if shape.experts > 1 else []
-        )
-        return SlicedBlock(
-            layer,
-            "mlp",
-            module,
-            parts,
-            units,
-            stretches=shape.experts,
-            attributes=attributes,
-            asleep_on=self.config.asleep_on,
-        )
-
-    def _attention_block(self, layer: int) -> SlicedBlock:
-        shape, family = self.shape, self.family
-        module: Any = self.layer(layer).get_submodule(family.attention_module)
-        whole_groups = self.config.attention_unit == "kv_group"
-        units = shape.num_kv_heads if whole_groups else shape.num_heads
-        heads = shape.heads_per_group if whole_groups else 1
-        quantities: dict[str, float] = {
-            "heads": heads,
-            "kv_heads": 1,
-            "width": heads * shape.head_dim,
-        }
-        wanted = family.attributes
-        if not whole_groups:
-            quantities = {"groups": 1 / shape.num_kv_heads}
-            wanted = (("num_key_value_groups", "groups"),)
-        return SlicedBlock(
-            layer,
-            "attention",
-            module,
-            self._parts(layer, family.attention if whole_groups else family.queries, units),
-            units,
-            stretches=1 if whole_groups else shape.num_kv_heads,
-            attributes=[(*follow(module, path), quantities[q]) for path, q in wanted],
-            asleep_on=self.config.asleep_on,
-        )
-
-    def _parts(self, layer: int, slices: tuple[Slice, ...], units: int) -> list[SlicedParameter]:
-        shape = self.shape
-        group = shape.head_dim * shape.heads_per_group
-        rows = {
-            "channel": 1,
-            "head": shape.head_dim,
-            "query": shape.head_dim,
-            "group": group,
-            "qkv": group + 2 * shape.head_dim,
-        }
-        parts = []
-        for item in slices:
-            path, _, leaf = item.name.rpartition(".")
-            owner = self.layer(layer).get_submodule(path)
-            for i, (holder, name, dim) in enumerate(_carriers(owner, leaf, item.dim)):
-                parameter: Any = getattr(holder, name, None)
-                if parameter is None and item.optional:
-                    continue
-                parts.append(
-                    SlicedParameter(
-                        name=self._names[id(parameter)],
-                        parameter=parameter,
-                        owner=holder,
-                        dim=dim,
-                        segments=tuple(rows[s] for s in item.segments),
-                        num_units=units,
-                        out=item.out and i == 0,
-                        experts=shape.experts if item.experts else 1,
-                    )
-                )
-        return parts
-
-
-def _carriers(owner: Any, leaf: str, dim: int) -> list[tuple[Any, str, int]]:
-    """The tensors that carry a projection's units: its own, and those of its LoRA adapters where peft has put some.
-
-    peft keeps the projection as `base_layer`; `lora_A` [rank, in] narrows with the input, `lora_B` [out, rank] with the
-    output.
-    """
-    if not hasattr(owner, "base_layer"):
-        return [(owner, leaf, dim)]
-    base = [(owner.base_layer, leaf, dim)]
-    if leaf != "weight":
-        return base
-    adapters = owner.lora_B if dim == 0 else owner.lora_A
-    return base + [(adapter, "weight", dim) for adapter in adapters.values()]
-
 
 def _rate(blocks: list[SlicedBlock]) -> float:
     units = sum(b.num_units for b in blocks)
@@ -492,4 +410,4 @@ def _rate(blocks: list[SlicedBlock]) -> float:
 
 
 def _nothing_probed(share: float, changed: list[SlicedBlock]) -> Refresh:
-    return Refresh(share=share, dense_loss=None, probed=False, errors={}, changed=changed, churn={})
+    return Refresh(share=share, dense_loss=None, passes=0, errors={}, changed=changed, churn={})

@@ -12,6 +12,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
+# Tiny models gain nothing from a second thread, and several processes of them lose much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from jobs.db import make_engine
 from jobs.settings import Settings
 from jobs.store import Store

@@ -19,7 +19,9 @@ TRAIN_FORMAT = "satune.train/1"
 PREPARE_FORMAT = "satune.prepare/1"
 PREPARED_FORMAT = "satune.prepared/1"
 
-Metric = Literal["activation", "fluctuation", "maxip", "wanda", "magnitude", "taylor", "uniform"]
+Metric = Literal[
+    "activation", "fluctuation", "maxip", "wanda", "magnitude", "taylor", "fisher", "uniform"
+]
 Selector = Literal["top_k", "sample", "mixed"]
 Allotment = Literal["sensitivity", "exempt", "uniform"]
 LadderType = Literal["ladder", "linear", "cosine"]

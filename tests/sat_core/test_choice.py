@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sat_core.allotment import GRID, Curve, allot
+from sat_core.loss import token_loss
 from sat_core.plan.config import Metric
 from sat_core.probe import Probe
 from sat_core.selection import select
@@ -43,6 +44,7 @@ def test_a_score_is_one_finite_number_a_unit_and_ignores_padding(
         assert bool((one >= 0).all() and one.isfinite().all())
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
     assert len({tuple(s.tolist()) for s in found}) == len(found)
+    assert all(p.grad is None for p in sparsity.model.parameters())
 
 
 def test_scores_are_what_their_formulas_say() -> None:
@@ -75,20 +77,49 @@ def test_scores_are_what_their_formulas_say() -> None:
         torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=1e-8, msg=metric)
 
 
-def test_taylor_is_the_weights_times_their_gradients() -> None:
-    from sat_core.loss import token_loss
+def gate_gradients(model: Any, batch: Any, layer: int) -> torch.Tensor:
+    """dL / dm_u at each token, the slow way: a factor on every channel at every token."""
+    gates = torch.ones(*batch.input_ids_BT.shape, 48, dtype=torch.float64, requires_grad=True)
+    down = model.model.layers[layer].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, args: (args[0] * gates,))
+    total = token_loss(model, batch).total
+    hook.remove()
+    return torch.autograd.grad(total, gates)[0].flatten(0, 1)
 
+
+def test_gradient_scores_are_those_of_a_factor_on_every_unit() -> None:
     model, batch = tiny_model("llama").double(), random_batch(0)
-    found = token_loss(model, batch)
-    (found.total / found.labels).backward()
-    down = model.model.layers[1].mlp.down_proj.weight
+    effect = gate_gradients(model, batch, 1)
+    labels = token_loss(model, batch).labels
+    taylor = scores(sparsity_of(model, metric="taylor"), batch)[1]
+    fisher = scores(sparsity_of(model, metric="fisher"), batch)[1]
+    torch.testing.assert_close(taylor, effect.sum(0).abs().float(), rtol=1e-5, atol=1e-7)
+    wanted = (effect.square().sum(0) / (2 * labels)).float()
+    torch.testing.assert_close(fisher, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_taylor_is_the_weights_times_their_gradients() -> None:
+    model, batch = tiny_model("llama").double(), random_batch(0)
+    token_loss(model, batch).total.backward()
     out = model.model.layers[1].self_attn.o_proj.weight
-    channels = (down * down.grad).sum(0).abs()
     groups = (out * out.grad).sum(0).view(2, -1).sum(1).abs()
     model.zero_grad()
     got = scores(sparsity_of(model, metric="taylor"), batch)
-    torch.testing.assert_close(got[1], channels.float().detach(), rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(got[5], groups.float().detach(), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(got[5], groups.float().detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_the_price_of_a_width_is_the_sum_of_its_sleepers() -> None:
+    model, batch = tiny_model("llama").double(), random_batch(0)
+    sparsity = sparsity_of(model, allotment="sensitivity")
+    effect = gate_gradients(model, batch, 2)
+    fisher = effect.square().sum(0) / (2 * token_loss(model, batch).labels)
+    report = sparsity.choose(0, batch)
+    score = sparsity.mlp[2].score_U
+    assert report.passes == 3
+    assert score is not None
+    for rate, cost in report.errors["mlp", 2]:
+        sleepers = score.argsort(stable=True)[: round(rate * 48)]
+        assert cost == pytest.approx(float(fisher[sleepers].sum()), rel=1e-5)
 
 
 def test_top_k_keeps_the_best_and_breaks_ties_by_index() -> None:
@@ -179,7 +210,8 @@ def _steps(curve: Curve) -> list[float]:
     return [b - a for a, b in itertools.pairwise((0.0, *curve.errors))]
 
 
-def test_local_errors_are_what_goes_missing() -> None:
+def test_without_a_gradient_the_price_is_what_goes_missing(monkeypatch: Any) -> None:
+    monkeypatch.setattr(Sparsity, "whole", property(lambda _: False))
     model, batch = tiny_model("llama").double(), random_batch(0)
     sparsity = sparsity_of(model, allotment="sensitivity")
     seen: dict[str, torch.Tensor] = {}

@@ -167,7 +167,7 @@ def test_the_schema_lists_every_setting_with_its_limits() -> None:
     assert (rate["minimum"], rate["exclusiveMaximum"]) == (0, 1)
     metrics = schema["properties"]["importance"]["properties"]["metric"]["enum"]
     assert metrics[0] == "activation"
-    assert len(metrics) == 7
+    assert len(metrics) == 8
     assert schema["properties"]["data"]["properties"]["mix"]["items"]["type"] == "object"
 
 

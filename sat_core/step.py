@@ -1,0 +1,228 @@
+"""One optimizer step: choose who is awake, forward, backward, check, update.
+
+What cannot be is left undone: a loss that is not a number never reaches the weights, and a step for which memory did not
+suffice is made again in smaller pieces, for nothing of it had been kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sat_core import progress
+from sat_core.data.corpus import IGNORED_LABEL, Batch
+from sat_core.loss import token_loss
+from sat_core.plan.accounting import Cost, Widths, forward_flops, step_flops
+from sat_core.plan.errors import PlanError
+from sat_core.plan.schedule import learning_rate_at
+from sat_core.progress import StepResult
+
+if TYPE_CHECKING:
+    from sat_core.assembly import Assembly
+    from sat_core.data.corpus import Corpus
+    from sat_core.events import EventLog
+    from sat_core.plan.config import TrainConfig
+    from sat_core.progress import Counters
+    from sat_core.sparsity import Refresh
+
+MAX_BAD_STEPS = 5
+PROBE_TOKENS = 4096
+
+
+class Made(NamedTuple):
+    """A finished step: its figures, what was chosen anew if anything, and seconds for the choice and for all."""
+
+    result: StepResult
+    refresh: Refresh | None
+    learning_rate: float
+    choice_seconds: float
+    seconds: float
+
+
+class Stepper:
+    """Makes the steps of a run, in order, and counts them."""
+
+    def __init__(
+        self,
+        parts: Assembly,
+        config: TrainConfig,
+        corpus: Corpus,
+        counters: Counters,
+        events: EventLog,
+    ) -> None:
+        self.parts, self.config, self.corpus = parts, config, corpus
+        self.counters, self.events = counters, events
+        self._warm = False
+
+    def step(self) -> Made | None:
+        """The next step; None where memory ran out and it is to be tried again, smaller.
+
+        Raises:
+            PlanError: with code loss_not_finite, after several bad steps in a row.
+        """
+        started = time.perf_counter()
+        config, counters, sparsity = self.config, self.counters, self.parts.sparsity
+        try:
+            batches = self._micro_batches()
+            probe_rows = max(1, PROBE_TOKENS // batches[0].input_ids_BT.shape[1])
+            with self.parts.autocast():
+                refresh = sparsity.begin_step(counters.step, batches[0].rows(0, probe_rows))
+            choice_seconds = time.perf_counter() - started
+            if refresh is not None and refresh.dense_loss is not None:
+                batches = _apart(batches, probe_rows)
+            result = self._gradients(batches)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or not self._halve_micro_batch():
+                raise
+            return None
+        rate = learning_rate_at(
+            counters.step,
+            peak=config.learning_rate,
+            total_steps=config.total_steps,
+            warmup_steps=config.warmup_steps,
+            schedule=config.lr_schedule,
+        )
+        self._update(result, rate)
+        if refresh is not None:
+            self._count_probe(refresh, result, batches[0])
+        seconds = time.perf_counter() - started
+        progress.count(counters, result, sparsity, seconds)
+        if self._warm and result.flops == result.dense_flops:
+            counters.dense_seconds += seconds
+            counters.dense_steps += 1
+        self._warm = True
+        return Made(result, refresh, rate, choice_seconds, seconds)
+
+    def _micro_batches(self) -> list[Batch]:
+        """This rank's part of the step's sequences, a micro-batch at a time."""
+        config, counters = self.config, self.counters
+        indices = self.corpus.indices_at(counters.step, config.batch_size, config.seed)
+        mine = self.parts.parallel.share(indices)
+        size = counters.micro_batch_size or config.micro_batch_size
+        device = self.parts.device
+        return [self.corpus.batch(mine[i : i + size], device) for i in range(0, len(mine), size)]
+
+    def _gradients(self, batches: list[Batch]) -> StepResult:
+        """Forward and backward of all micro-batches, summed over ranks and clipped."""
+        parts, parallel = self.parts, self.parts.parallel
+        if parts.sharding:
+            parts.sharding.settle()
+            # Every rank takes part in every layer's forward; who has fewer micro-batches makes one without labels.
+            unlabelled = torch.full_like(batches[-1].labels_BT, IGNORED_LABEL)
+            extra = parallel.most(len(batches)) - len(batches)
+            batches = batches + extra * [batches[-1]._replace(labels_BT=unlabelled)]
+        per_batch = [int((b.labels_BT[:, 1:] != IGNORED_LABEL).sum()) for b in batches]
+        labels = int(parallel.sum(torch.tensor(sum(per_batch))))
+        totals, correct = [], 0
+        for batch in batches:
+            with parts.autocast():
+                found = token_loss(parts.model, batch)
+            torch.autograd.backward(found.total / labels)
+            totals.append(float(found.total.detach()))
+            correct += int(found.correct)
+        limit = self.config.max_grad_norm or float("inf")
+        if parts.sharding:
+            norm = parts.sharding.collect_gradients(limit)
+        else:
+            parallel.sum_gradients(parts.model.parameters())
+            norm = float(torch.nn.utils.clip_grad_norm_(parts.model.parameters(), limit))
+        sums = torch.tensor([sum(totals), correct], dtype=torch.float64)
+        loss, accuracy = (parallel.sum(sums) / labels).tolist()
+        tokens, flops, dense_flops = parallel.sum(self._counted(batches, sum(per_batch))).tolist()
+        return StepResult(
+            loss=loss,
+            token_accuracy=accuracy,
+            grad_norm=norm,
+            tokens=tokens,
+            flops=flops,
+            dense_flops=dense_flops,
+            probed_loss=totals[0] / per_batch[0] if per_batch[0] else None,
+        )
+
+    def _counted(self, batches: list[Batch], labels: int) -> torch.Tensor:
+        """Tokens, FLOPs and dense FLOPs of this rank, int64 [3]."""
+        shape, widths = self.parts.sparsity.shape, self.parts.sparsity.widths
+        cost = Cost(
+            tokens=sum(b.input_ids_BT.numel() for b in batches),
+            attended_pairs=sum(_pairs(b) for b in batches),
+            labels=labels,
+        )
+        tokens = sum(int(b.lengths_B.sum()) for b in batches)
+        flops = [step_flops(shape, w, cost) for w in (widths, Widths.dense(shape))]
+        return torch.tensor([tokens, *flops])
+
+    def _update(self, result: StepResult, rate: float) -> None:
+        """The optimizer's step, unless loss or gradient is not finite: then it is skipped and the rest of the run dense."""
+        optimizer = self.parts.optimizer
+        if math.isfinite(result.grad_norm) and math.isfinite(result.loss):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            self.counters.bad_steps = 0
+        else:
+            self._bad_step(result.loss, result.grad_norm)
+        optimizer.zero_grad(set_to_none=True)
+
+    def _bad_step(self, loss: float, norm: float) -> None:
+        self.counters.bad_steps += 1
+        self.counters.skipped_steps += 1
+        self.parts.sparsity.finish_dense()
+        step = self.counters.step + 1
+        self.events.message(
+            "warn", f"Step {step} skipped: loss {loss}, gradient norm {norm}", step=step
+        )
+        if self.counters.bad_steps >= MAX_BAD_STEPS:
+            raise PlanError(
+                f"The loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row, up to step {step}. "
+                "A lower learning rate is the usual cure.",
+                code="loss_not_finite",
+            )
+
+    def _halve_micro_batch(self) -> bool:
+        """Go on with half as many sequences in a forward and as many in a step; false where it cannot be less."""
+        size = self.counters.micro_batch_size or self.config.micro_batch_size
+        if size == 1 or self.parts.parallel.world > 1:
+            return False
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        if self.parts.device != "cpu":
+            torch.cuda.empty_cache()
+        self.counters.micro_batch_size = size // 2
+        self.events.message(
+            "warn",
+            f"Memory did not hold a micro-batch of {size} sequences; going on with {size // 2}, "
+            f"{self.config.batch_size} sequences a step as before",
+            step=self.counters.step + 1,
+        )
+        return True
+
+    def _count_probe(self, refresh: Refresh, result: StepResult, batch: Batch) -> None:
+        tokens = batch.input_ids_BT.numel()
+        cost = Cost(tokens=tokens, attended_pairs=_pairs(batch), labels=tokens)
+        shape = self.parts.sparsity.shape
+        forward = forward_flops(shape, Widths.dense(shape), cost)
+        flops = self.parts.parallel.world * refresh.passes * forward
+        result.flops += flops
+        self.counters.probe_flops += flops
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Torch tells a CPU's lack of memory by a RuntimeError's words alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
+def _apart(batches: list[Batch], rows: int) -> list[Batch]:
+    """The probe's sequences as a micro-batch of their own, so that their sparse loss is known without another pass."""
+    first, *others = batches
+    if len(first.input_ids_BT) <= rows:
+        return batches
+    return [first.rows(0, rows), first.rows(rows, len(first.input_ids_BT)), *others]
+
+
+def _pairs(batch: Batch) -> int:
+    """Query-key pairs of one head under the causal mask, padding included."""
+    return batch.input_ids_BT.numel() * (batch.input_ids_BT.shape[1] + 1) // 2

@@ -1,0 +1,180 @@
+"""What watches a run: a gap that grows, losses that are not numbers, memory that runs out."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.sat_core.tiny import prepare, read_events, run_core, write_text
+
+TRAIN = {"max_seq_len": 32, "max_steps": 20, "learning_rate": 3e-3}
+SPARSE = {
+    "omission_rate": {"mlp": 0.5, "attention": 0.5},
+    "importance": {"refresh_every": 2},
+    "train": TRAIN,
+    "checkpoints": {"every": 0},
+    "eval": {"every": 0, "forgetting_sequences": 0},
+}
+
+
+def run(root: Path, sat: dict[str, Any], *, code: int = 0) -> list[dict[str, Any]]:
+    root.mkdir(exist_ok=True)
+    data = write_text(root / "data.jsonl")
+    prepared = prepare(root, data=data, sat=sat, hyperparameters={"batch_size": 8})
+    folder = root / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(prepared["config"]))
+    assert run_core("train", folder) == code
+    return read_events(folder)
+
+
+def of_kind(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [e for e in events if e["kind"] == kind]
+
+
+@contextmanager
+def fault(hook: Any) -> Iterator[None]:
+    """A fault inside the model: `hook(inputs)` sees every training forward's token ids before it."""
+
+    def before(module: Any, args: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and torch.is_grad_enabled():
+            hook(args[0])
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_each_refresh_tells_the_gap_and_who_is_awake(tmp_path: Path) -> None:
+    found = of_kind(run(tmp_path, SPARSE), "selection")
+    # the constant stage [1, 14), rungs at 14, 16, 17, 19: the stage begins and every second step of it
+    assert [e["step"] for e in found] == [2, 4, 6, 8, 10, 12, 14, 15, 17, 18, 20]
+    first, last = found[0], found[-1]
+    assert first["gap"] == pytest.approx(first["sparse_loss"] - first["dense_loss"])
+    assert first["gap"] > 0
+    assert {(e["kind"], e["layer"]) for e in first["errors"]} == {
+        (kind, layer) for kind in ("mlp", "attention") for layer in range(4)
+    }
+    block = first["blocks"][2]
+    assert (block["kind"], block["layer"]) == ("mlp", 2)
+    assert sum(block["map"]) / len(block["map"]) == pytest.approx(block["awake_share"])
+    assert 0 < block["entropy"] <= 1
+    assert 0.1 <= block["concentration"] <= 1
+    assert 0 <= found[3]["blocks"][2]["churn"] < 1
+    assert (last["share"], last["gap"], last["dense_loss"]) == (0, None, None)
+    assert all(b["awake_share"] == 1 and b["coverage"] == 1 for b in last["blocks"])
+
+
+def test_a_gap_beyond_its_bound_brings_the_ladder_down(tmp_path: Path) -> None:
+    events = run(tmp_path, {**SPARSE, "guard": {"max_gap": 1e-9}})
+    warned = [e["message"] for e in of_kind(events, "message") if e["level"] == "warn"]
+    assert "the ladder steps down to 75% of the full rate" in warned[0]
+    rates = [e["omission_rate_mlp"] for e in of_kind(events, "metrics")]
+    plain = [share["share"] for share in of_kind(events, "selection")]
+    assert plain[:2] == [1.0, 0.75]
+    assert rates[3] < rates[1]
+    assert max(plain[1:]) <= 0.75
+
+
+def test_probes_are_counted(tmp_path: Path) -> None:
+    summary = run(tmp_path, SPARSE)[-1]["summary"]
+    assert 0 < summary["probe_flops"] < summary["flops"] < summary["dense_flops"]
+
+
+def nan_at(steps: range) -> Any:
+    step = -1
+
+    def hook(_: torch.Tensor) -> None:
+        nonlocal step
+        step += 1
+
+    def poison(module: Any, args: Any, output: Any) -> Any:
+        if type(module).__name__ == "LlamaRMSNorm" and step in steps and torch.is_grad_enabled():
+            return output * float("nan")
+        return output
+
+    return hook, poison
+
+
+@pytest.mark.parametrize(("steps", "code"), [(range(5, 7), 0), (range(5, 10), 20)])
+def test_a_loss_that_is_no_number_never_reaches_the_weights(
+    tmp_path: Path, steps: range, code: int
+) -> None:
+    hook, poison = nan_at(steps)
+    sat = {**SPARSE, "mode": "off", "omission_rate": {}}
+    handle = torch.nn.modules.module.register_module_forward_hook(poison)
+    try:
+        with fault(hook):
+            events = run(tmp_path, sat, code=code)
+    finally:
+        handle.remove()
+    warned = [e["message"] for e in of_kind(events, "message") if e["level"] == "warn"]
+    assert warned[0].startswith("Step 6 skipped: loss nan")
+    if code == 0:
+        assert events[-1]["summary"]["skipped_steps"] == 2
+        saved = load_file(tmp_path / "run/model/model.safetensors")
+        assert all(bool(t.isfinite().all()) for t in saved.values())
+        assert of_kind(events, "metrics")[5]["loss"] is None
+    else:
+        assert (events[-1]["kind"], events[-1]["code"]) == ("failed", "loss_not_finite")
+        assert "5 steps in a row, up to step 10" in events[-1]["message"]
+
+
+def test_trouble_finishes_dense(tmp_path: Path) -> None:
+    hook, poison = nan_at(range(8, 9))
+    handle = torch.nn.modules.module.register_module_forward_hook(poison)
+    try:
+        with fault(hook):
+            events = run(
+                tmp_path,
+                {
+                    **SPARSE,
+                    "importance": {"refresh_every": 0, "metric": "uniform"},
+                    "allotment": "uniform",
+                },
+            )
+    finally:
+        handle.remove()
+    rates = [e["omission_rate_mlp"] for e in of_kind(events, "metrics")]
+    assert rates[8] > 0
+    assert not any(rates[9:])
+
+
+def test_memory_that_runs_out_makes_the_micro_batch_smaller(tmp_path: Path) -> None:
+    def too_many(ids: torch.Tensor) -> None:
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    sat = {**SPARSE, "mode": "off", "omission_rate": {}}
+    with fault(too_many):
+        events = run(tmp_path / "less", sat)
+    warned = [e["message"] for e in of_kind(events, "message") if e["level"] == "warn"]
+    assert warned == [
+        f"Memory did not hold a micro-batch of {a} sequences; going on with {b}, 8 sequences a step as before"
+        for a, b in ((8, 4), (4, 2))
+    ]
+    assert [e["step"] for e in of_kind(events, "metrics")] == list(range(1, 21))
+    run(tmp_path / "two", {**sat, "train": {**TRAIN, "micro_batch_size": 2}})
+    ours, theirs = (
+        load_file(tmp_path / n / "run/model/model.safetensors") for n in ("less", "two")
+    )
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_memory_that_does_not_hold_one_sequence_is_a_clear_failure(tmp_path: Path) -> None:
+    def never(_: torch.Tensor) -> None:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+        )
+
+    with fault(never):
+        events = run(tmp_path, {**SPARSE, "mode": "off", "omission_rate": {}}, code=20)
+    assert events[-1]["code"] == "out_of_memory"
+    assert "Lower sat.train.max_seq_len" in events[-1]["message"]

@@ -1,0 +1,123 @@
+"""The examples of docs/library.md, run as they stand, and what the callback promises beyond them."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from sat_core.callback import SatCallback
+from sat_core.plan.config import SatConfig
+from tests.sat_core.tiny import tiny_model, write_model
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+STEPS = 20
+
+
+def inputs(seed: int, rows: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(3, 60, (rows, 1), generator=generator)
+    ids = first + torch.arange(16) % 8
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def arguments_of(folder: Path, kind: Any = TrainingArguments, **more: Any) -> Any:
+    return kind(
+        output_dir=str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=4,
+        learning_rate=3e-3, report_to=[], disable_tqdm=True, use_cpu=True, logging_steps=1, **more,
+    )  # fmt: skip
+
+
+def rows() -> Dataset:
+    batches = [inputs(seed) for seed in range(STEPS)]
+    return Dataset.from_list(
+        [{k: v[i].tolist() for k, v in b.items()} for b in batches for i in range(4)]
+    )
+
+
+def check_result(folder: Path) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(folder)
+    assert saved.model.layers[1].mlp.gate_proj.weight.shape == (48, 32)
+    with torch.no_grad():
+        assert float(saved(**inputs(99)).loss) < float(tiny_model()(**inputs(99)).loss) - 0.3
+
+
+def test_the_loop_of_the_documentation(tmp_path: Path) -> None:
+    names = {
+        "model": tiny_model(),
+        "batches": [inputs(s) for s in range(STEPS)],
+        "folder": tmp_path,
+    }
+    exec(EXAMPLES[0], names)
+    assert len(EXAMPLES[0].splitlines()) < 20
+    check_result(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_trainer_of_the_documentation(tmp_path: Path) -> None:
+    evaluated = {"eval_strategy": "steps", "eval_steps": 7, "save_steps": 9}
+    names = {
+        "model": tiny_model(), "arguments": arguments_of(tmp_path, **evaluated),
+        "rows": rows(), "folder": tmp_path / "model",
+    }  # fmt: skip
+    exec(EXAMPLES[1], names)
+    check_result(tmp_path / "model")
+    check_result(tmp_path / "out/checkpoint-18")
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+def test_the_sft_trainer_of_the_documentation(tmp_path: Path) -> None:
+    from trl import SFTConfig
+
+    write_model(tmp_path / "base")
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "base"),
+        "arguments": arguments_of(tmp_path, SFTConfig, bf16=False),
+        "rows": Dataset.from_list([{"text": "a b c d e f g h " * 2}] * 80),
+        "folder": tmp_path / "model",
+    }
+    exec(EXAMPLES[2], names)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert saved.model.layers[1].mlp.gate_proj.weight.shape == (48, 32)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_looking_at_the_dense_model_changes_nothing(tmp_path: Path) -> None:
+    def train(name: str, **looks: Any) -> dict[str, torch.Tensor]:
+        model = tiny_model()
+        trainer = Trainer(
+            model=model, args=arguments_of(tmp_path / name, **looks),
+            train_dataset=rows(), eval_dataset=rows(),
+        )  # fmt: skip
+        callback = SatCallback(SatConfig(total_steps=1, mlp_rate=0.5), inputs(0))
+        trainer.add_callback(callback)
+        trainer.train()
+        assert callback.sparsity is not None
+        assert callback.sparsity.realised_rates() == (0, 0)
+        return dict(model.state_dict())
+
+    plain = train("plain", save_strategy="no")
+    looked = train("looked", eval_strategy="steps", eval_steps=1, save_steps=3)
+    assert all(torch.equal(plain[name], looked[name]) for name in plain)
+
+
+def test_the_wheel_holds_the_core_alone(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-c", f"import hatchling.build, os; os.chdir({str(ROOT / 'sat_core')!r}); hatchling.build.build_wheel({str(tmp_path)!r})"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("satune_core-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    code = {n for n in names if not n.startswith("satune_core-")}
+    expected = {str(p.relative_to(ROOT)) for p in (ROOT / "sat_core").rglob("*.py")}
+    assert code == expected

@@ -1,0 +1,214 @@
+"""Adapters, gradient checkpointing, compiled layers, documents kept apart: each the same training, told otherwise."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
+
+from sat_core.checkpoint import merged_state_dict
+from sat_core.loss import token_loss
+from sat_core.model import compile_layers, with_adapters
+from sat_core.optim import build_optimizer
+from sat_core.reference import MaskedAdamW, masked_loss, masks_of, train_step
+from sat_core.sparsity import Sparsity
+from tests.sat_core.tiny import (
+    prepare,
+    random_batch,
+    read_events,
+    run_core,
+    sparsity_of,
+    tiny_model,
+    write_text,
+)
+
+TRAIN = {"max_seq_len": 32, "max_steps": 16, "learning_rate": 3e-3}
+SAT = {
+    "omission_rate": {"mlp": 0.5, "attention": 0.5},
+    "importance": {"refresh_every": 3},
+    "train": TRAIN,
+    "checkpoints": {"every": 6, "keep": 9},
+    "eval": {"every": 0, "forgetting_sequences": 0},
+}
+
+
+def adapted(model_type: str, seed: int = 0) -> Any:
+    """A model with adapters that are not zero."""
+    model = with_adapters(tiny_model(model_type).double(), rank=4, alpha=8, seed=seed).double()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2", "phi3", "gpt_neox"])
+def test_adapters_are_sliced_with_their_units(model_type: str) -> None:
+    model = adapted(model_type)
+    twin = sparsity_of(copy.deepcopy(model))
+    oracle = MaskedAdamW(twin, learning_rate=3e-3, weight_decay=0.1)
+    optimizer = build_optimizer(model, learning_rate=3e-3, weight_decay=0.1)
+    sparsity = sparsity_of(model, optimizer, metric="uniform", refresh_every=2, total_steps=6)
+    before = masks_of(sparsity)
+    for step in range(6):
+        batch = random_batch(step)
+        if sparsity.begin_step(step, batch):
+            oracle.wake(before, masks_of(sparsity))
+            before = masks_of(sparsity)
+        found = token_loss(model, batch)
+        (found.total / found.labels).backward()
+        if step == 0:
+            first_layer = [
+                p.grad.norm() for n, p in model.named_parameters() if ".0." in n and "lora_B" in n
+            ]
+            assert all(norm > 0 for norm in first_layer)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss = train_step(twin, oracle, batch, before)
+        assert float(found.total.detach()) / found.labels == pytest.approx(loss, rel=1e-9)
+    sparsity.wake_all()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_adapters_merge_into_the_stock_model(model_type: str) -> None:
+    model, batch = adapted(model_type).eval(), random_batch(0)
+    sparsity = sparsity_of(model)
+    with torch.no_grad():
+        expected = model(input_ids=batch.input_ids_BT).logits
+    sparsity.choose(0, batch)
+    merged = merged_state_dict(sparsity, sparsity.dense_state_dict())
+    stock = tiny_model(model_type).double().eval()
+    stock.load_state_dict(merged)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(input_ids=batch.input_ids_BT).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tuning")
+    write_text(root / "data.jsonl")
+    return root
+
+
+def run(root: Path, name: str, train: dict[str, Any], **changes: Any) -> Path:
+    sat = {**SAT, "train": {**TRAIN, **train}, **changes.pop("sat", {})}
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    if not (folder / "model").exists() and (root / "shared/model").exists():
+        (folder / "model").symlink_to(root / "shared/model")
+    prepared = prepare(folder, data=root / "data.jsonl", sat=sat, hyperparameters={"batch_size": 4})
+    made = folder / "run"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps({**prepared["config"], **changes}))
+    assert run_core("train", made) == 0, (made / "events.jsonl").read_text()
+    return made
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(run / "model/model.safetensors"))
+
+
+def test_a_run_with_adapters_gives_a_plain_model_and_resumes_bit_for_bit(root: Path) -> None:
+    whole = run(root, "lora", {"tuning": "lora", "lora_rank": 4, "lora_alpha": 8})
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    summary = read_events(whole)[-1]["summary"]
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    base = load_file(root / "lora/model/model.safetensors")
+    assert torch.equal(weights(whole)["model.norm.weight"], base["model.norm.weight"])
+    again = root / "lora-again"
+    again.mkdir()
+    config = json.loads((whole / "config.json").read_text())
+    config["resume_from"] = str(whole / "checkpoints/step-000006")
+    (again / "config.json").write_text(json.dumps(config))
+    assert run_core("train", again) == 0
+    assert all(torch.equal(t, weights(again)[n]) for n, t in weights(whole).items())
+
+
+def test_gradient_checkpointing_changes_no_number(root: Path) -> None:
+    plain, saved = run(root, "plain", {}), run(root, "saving", {"gradient_checkpointing": True})
+    assert all(torch.equal(t, weights(saved)[n]) for n, t in weights(plain).items())
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_layers_are_compiled_once_a_width() -> None:
+    torch._dynamo.reset()
+    model = tiny_model()
+    plain = tiny_model()
+    both: list[tuple[Any, Any, Sparsity]] = []
+    for m in (model, plain):
+        optimizer = build_optimizer(m, learning_rate=1e-3, weight_decay=0.0)
+        settings = {"total_steps": 12, "dense_start": 0.2, "refresh_every": 2, "rungs": 2}
+        both.append((m, optimizer, sparsity_of(m, optimizer, attention_rate=0.0, **settings)))
+    compile_layers(both[0][2].layers, backend="aot_eager")
+    new_graphs, begins = [], []
+    batch = random_batch(0)
+    for step in range(12):
+        before = graphs()
+        losses = []
+        for m, optimizer, sparsity in both:
+            widths = [b.num_awake for b in sparsity.mlp]
+            sparsity.begin_step(step, batch)
+            found = token_loss(m, batch)
+            found.total.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(found.total.detach()))
+            if m is model and widths != [b.num_awake for b in sparsity.mlp]:
+                begins.append(step)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        new_graphs.append(graphs() - before)
+    assert begins
+    assert new_graphs[0] > 0
+    steady = [n for step, n in enumerate(new_graphs) if step and step not in begins]
+    assert not any(steady), new_graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_too_many_graphs_fail_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model = tiny_model()
+    sparsity = sparsity_of(model)
+    compile_layers(sparsity.layers, backend="eager")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+
+    def forward(width: int) -> None:
+        for block in sparsity.mlp:
+            block.refresh(torch.arange(width))
+        token_loss(model, random_batch(0))
+
+    forward(8)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        forward(16)
+    torch._dynamo.reset()
+
+
+def test_documents_kept_apart_train_as_if_each_were_alone(root: Path) -> None:
+    apart = run(root, "apart", {}, sat={"data": {"packing": "separate"}})
+    joined = run(root, "joined", {})
+    assert read_events(apart)[-1]["summary"]["trained_tokens"] > 0
+    assert not torch.equal(
+        weights(apart)["model.norm.weight"], weights(joined)["model.norm.weight"]
+    )
+
+
+def test_the_masked_twin_of_an_adapted_model_is_another_model() -> None:
+    sparsity = sparsity_of(adapted("llama"))
+    dense = masks_of(sparsity)
+    sparsity.choose(0, random_batch(1))
+    masks = masks_of(sparsity)
+    sparsity.wake_all()
+    a, b = (float(masked_loss(sparsity, m, random_batch(1)).detach()) for m in (dense, masks))
+    assert abs(a - b) > 1e-5
