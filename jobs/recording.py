@@ -186,6 +186,24 @@ def _sample(session: Session, job: JobRow, attempt: int, run: str, event: dict[s
     )
 
 
+def _selection(
+    session: Session, job: JobRow, attempt: int, run: str, event: dict[str, Any]
+) -> None:
+    """Who is awake, where a stage of the ladder begins; the choices inside a stage stay in the run folder."""
+    if not event["stage_begins"]:
+        return
+    gap = event["gap"]
+    words = "" if gap is None else f", sparse loss {gap:+.3f} against dense"
+    add_event(
+        session,
+        job.id,
+        f"Step {event['step']}: {event['share']:.0%} of the omission rate{words}",
+        kind="selection",
+        data={k: v for k, v in event.items() if k not in ("seq", "time", "kind")},
+        created_at=event["time"],
+    )
+
+
 _HANDLERS = {
     "state": _state,
     "message": _message,
@@ -194,6 +212,7 @@ _HANDLERS = {
     "checkpoint": _checkpoint,
     "checkpoint_deleted": _checkpoint_deleted,
     "sample": _sample,
+    "selection": _selection,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from sat_core.plan.config import SatConfig
@@ -17,8 +18,9 @@ from sat_core.sparsity import Sparsity, sparsify
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from sat_core.slicing import SlicedBlock
 
 
 class SatCallback(TrainerCallback):
@@ -35,7 +37,7 @@ class SatCallback(TrainerCallback):
     def __init__(self, config: SatConfig, probe_inputs: Mapping[str, torch.Tensor]) -> None:
         self.config, self.probe_inputs = config, probe_inputs
         self.sparsity: Sparsity | None = None
-        self._widened = False
+        self._asleep_soon: list[tuple[SlicedBlock, torch.Tensor]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,9 +57,9 @@ class SatCallback(TrainerCallback):
         """Follow the ladder; narrow again what was widened to be saved or evaluated."""
         if self.sparsity is None:
             return
-        if self._widened:
-            self.sparsity.resume_selection()
-            self._widened = False
+        for block, awake_K in self._asleep_soon:
+            block.refresh(awake_K, self.sparsity.optimizer, stepped=False)
+        self._asleep_soon.clear()
         self.sparsity.begin_step(state.global_step, self.probe_inputs)
 
     def on_step_end(
@@ -80,6 +82,9 @@ class SatCallback(TrainerCallback):
         self._widen()
 
     def _widen(self) -> None:
-        if self.sparsity is not None and not self._widened:
-            self.sparsity.suspend_selection()
-            self._widened = True
+        if self.sparsity is None or self._asleep_soon:
+            return
+        narrow = [b for b in self.sparsity.blocks if b.num_awake < b.num_units]
+        self._asleep_soon = [(block, block.awake_K) for block in narrow]
+        for block in narrow:
+            block.refresh(torch.arange(block.num_units), self.sparsity.optimizer)

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sat_core import sharding
+from sat_core.optim import plain, store
 from sat_core.plan.errors import PlanError
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ def restore(folder: Path, sparsity: Sparsity) -> None:
         if f"{name}.step" in moments:
             parameter = sliced[name][1].parameter if name in sliced else registered
             state = {key: moments[f"{name}.{key}"].to(parameter.device) for key in _KEYS}
+            store(optimizer, parameter, state)
             optimizer.state[parameter] = state
     if (folder / "adapters.safetensors").exists():
         sparsity.model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
@@ -256,7 +258,7 @@ def _moments(sparsity: Sparsity) -> dict[str, torch.Tensor]:
         state = sparsity.optimizer.state.get(parameter)
         if not state:
             continue
-        pair = (state["exp_avg"], state["exp_avg_sq"])
+        pair = (plain(state["exp_avg"]), plain(state["exp_avg_sq"]))
         if name in sliced:
             block, part = sliced[name]
             pair = block.dense_moments(part, state)

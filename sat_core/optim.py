@@ -3,6 +3,9 @@
 The road not taken is an own AdamW with a step count per unit: it is not bit-equal to torch's and a steady gradient wakes
 gently enough without it (`slicing` says how). Asleep units are frozen wholly: not in the parameter, they meet neither
 weight decay nor momentum.
+
+torchao's AdamW holds moments of eight bits in blocks that do not follow units. When units move, the moments of their
+parameter are made plain, moved, and stored again in eight bits.
 """
 
 from __future__ import annotations
@@ -49,3 +52,18 @@ def build_optimizer(
         ) from error
     optimizer: Any = AdamW8bit(groups, lr=learning_rate)
     return optimizer
+
+
+def plain(moment: torch.Tensor) -> torch.Tensor:
+    """A moment as a float tensor; itself where it is one."""
+    is_plain = type(moment) is torch.Tensor
+    return moment if is_plain else moment.dequantize()
+
+
+def store(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+    """Put plain moments back in the form that the optimizer keeps for a parameter of this size."""
+    new_buffer = getattr(optimizer, "_new_buffer", None)
+    if new_buffer is None:
+        return
+    for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        state[key] = new_buffer(parameter, signed).copy_(state[key])

@@ -98,13 +98,14 @@ def selection(
 
     Per block: `awake_share`; `coverage`, share of units ever trained; `churn`, share of the awake that slept before;
     `entropy` of the scores over that of a uniform one; `concentration`, share of all score in the top tenth of units;
-    `map`, awake share of up to 64 equal stretches of units.
+    where a stage of the ladder begins also `map`, the awake share of up to 64 equal stretches of units.
     """
     gap = None
     if refresh.dense_loss is not None and sparse_loss is not None:
         gap = sparse_loss - refresh.dense_loss
     return {
         "share": refresh.share,
+        "stage_begins": refresh.stage_begins,
         "dense_loss": refresh.dense_loss,
         "sparse_loss": sparse_loss,
         "gap": gap,
@@ -114,24 +115,24 @@ def selection(
             for (kind, layer), pairs in refresh.errors.items()
             for rate, error in pairs
         ],
-        "blocks": [_block_fields(b, refresh.churn.get(id(b))) for b in sparsity.blocks],
+        "blocks": [_block_fields(b, refresh) for b in sparsity.blocks],
     }
 
 
-def _block_fields(block: SlicedBlock, churn: float | None) -> dict[str, Any]:
+def _block_fields(block: SlicedBlock, refresh: Refresh) -> dict[str, Any]:
+    churn = refresh.churn.get(id(block))
     awake_U = torch.zeros(block.num_units)
     awake_U[block.awake_K.cpu()] = 1.0
     trained_U = block.trained_U.cpu() | awake_U.bool()
-    bins = min(MAP_BINS, block.num_units)
     fields: dict[str, Any] = {
         "kind": block.kind,
         "layer": block.layer,
         "awake_share": block.num_awake / block.num_units,
         "coverage": float(trained_U.float().mean()),
-        "map": [
-            round(float(piece.mean()), 3) for piece in awake_U.tensor_split(bins) if len(piece)
-        ],
     }
+    if refresh.stage_begins:
+        bins = awake_U.tensor_split(min(MAP_BINS, block.num_units))
+        fields["map"] = [round(float(piece.mean()), 3) for piece in bins]
     if churn is None or block.score_U is None:
         return fields
     share_U = (block.score_U / block.score_U.sum().clamp_min(1e-30)).cpu().double()

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sat_core.optim import plain, store
+
 
 @dataclass
 class SlicedParameter:
@@ -203,6 +205,8 @@ class SlicedBlock:
             part.asleep = self._waiting(part.take(full, sleepers)) if len(sleepers) else None
             awake = part.take(full, awake_K) if len(sleepers) else full
             _replace(part.parameter, awake)
+            if state and optimizer:
+                store(optimizer, part.parameter, state)
         self.awake_K = awake_K
         self.tell_width()
 
@@ -222,7 +226,7 @@ class SlicedBlock:
 
     def dense_moments(self, part: SlicedParameter, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """`exp_avg` (zero where asleep) and `exp_avg_sq` of the full parameter."""
-        average, square = state["exp_avg"], state["exp_avg_sq"]
+        average, square = plain(state["exp_avg"]), plain(state["exp_avg_sq"])
         if part.asleep is None:
             return average, square
         nothing = torch.zeros_like(part.asleep)
@@ -302,7 +306,7 @@ class SlicedBlock:
     def _move_moments(
         self, part: SlicedParameter, state: dict[str, Any], awake_K: Tensor, sleepers: Tensor
     ) -> None:
-        average, square = state["exp_avg"], state["exp_avg_sq"]
+        average, square = plain(state["exp_avg"]), plain(state["exp_avg_sq"])
         if part.asleep is not None:
             average = self._merge(part, average, torch.zeros_like(part.asleep))
             square = self._merge(part, square, self._asleep_square(part, square))

@@ -43,6 +43,7 @@ class Refresh:
 
     Attributes:
         share: share of the full omission rate from this step on.
+        stage_begins: whether the rate was allotted anew, not only the choice made anew.
         dense_loss: mean loss of the probe's batch on the dense model, nats; None where no probe ran.
         passes: forwards' worth of FLOPs that the probe spent on the batch.
         errors: (kind, layer) -> (omission rate, cost) pairs, where the rate was allotted by sensitivity.
@@ -51,6 +52,7 @@ class Refresh:
     """
 
     share: float
+    stage_begins: bool
     dense_loss: float | None
     passes: int
     errors: dict[tuple[str, int], list[tuple[float, float]]]
@@ -61,12 +63,9 @@ class Refresh:
 def sparsify(
     model: Any, optimizer: torch.optim.Optimizer | None = None, config: SatConfig | None = None
 ) -> Sparsity:
-    """Describe the blocks of a stock Hugging Face causal LM; nothing sleeps before the first `begin_step`.
+    """The blocks of `model`, a stock causal LM of a supported family or a peft model around one; nobody sleeps yet.
 
-    Args:
-        model: a causal LM of a supported family (`sat_core.plan.families`), or a peft model around one.
-        optimizer: AdamW over its parameters, whose moments will follow their units.
-        config: the method's settings.
+    `optimizer` is an AdamW over its parameters, whose moments will follow their units.
 
     Raises:
         ModelError: for a family that is not supported.
@@ -101,7 +100,6 @@ class Sparsity:
         )
         self.share, self.cap = 0.0, 1.0
         self.bias: dict[int, Tensor] = {}
-        self._suspended: dict[int, Tensor] = {}
         if config.compensation:
             for block in self.blocks:
                 block.out.owner.register_forward_hook(self._compensate(block))
@@ -159,7 +157,15 @@ class Sparsity:
         if share == 0:
             changed = [b for b in self.blocks if b.num_awake < b.num_units]
             self.wake_all()
-            return _nothing_probed(share, changed)
+            return Refresh(
+                share=0.0,
+                stage_begins=True,
+                dense_loss=None,
+                passes=0,
+                errors={},
+                changed=changed,
+                churn={},
+            )
         return self.choose(step, inputs, share=share, allot_anew=stage_begins)
 
     def choose(
@@ -201,6 +207,7 @@ class Sparsity:
                 block.refresh(torch.arange(block.num_units), self.optimizer)
         return Refresh(
             share=share,
+            stage_begins=allot_anew,
             dense_loss=probe.loss,
             passes=probe.passes if probed else 0,
             errors={(b.kind, b.layer): self._curve_rows(b, probe) for b in chosen}
@@ -230,19 +237,6 @@ class Sparsity:
             if block.num_awake < block.num_units:
                 block.refresh(torch.arange(block.num_units), self.optimizer)
         self.bias.clear()
-
-    def suspend_selection(self) -> None:
-        """Widen until `resume_selection`, for somebody who saves or evaluates the model by its own means."""
-        self._suspended = {id(b): b.awake_K for b in self.blocks if b.num_awake < b.num_units}
-        for block in self.blocks:
-            block.refresh(torch.arange(block.num_units), self.optimizer)
-
-    def resume_selection(self) -> None:
-        """Put to sleep again whom `suspend_selection` woke."""
-        for block in self.blocks:
-            if id(block) in self._suspended:
-                block.refresh(self._suspended[id(block)], self.optimizer, stepped=False)
-        self._suspended.clear()
 
     def smoothed(self, block: SlicedBlock, score_U: Tensor) -> Tensor:
         """The score with the older ones' weight in it."""
@@ -351,9 +345,8 @@ class Sparsity:
     def _allot(self, blocks: list[SlicedBlock], probe: Probe, share: float) -> dict[int, int]:
         """Awake units of each block, by `id`."""
         config, shape = self.config, self.shape
-        rates = {"mlp": config.mlp_rate, "attention": config.attention_rate}
         widths: dict[int, int] = {}
-        for kind, rate in rates.items():
+        for kind, rate in (("mlp", config.mlp_rate), ("attention", config.attention_rate)):
             mine = [b for b in blocks if b.kind == kind]
             if not mine:
                 continue
@@ -407,7 +400,3 @@ class Sparsity:
 def _rate(blocks: list[SlicedBlock]) -> float:
     units = sum(b.num_units for b in blocks)
     return 1 - sum(b.num_awake for b in blocks) / units if units else 0.0
-
-
-def _nothing_probed(share: float, changed: list[SlicedBlock]) -> Refresh:
-    return Refresh(share=share, dense_loss=None, passes=0, errors={}, changed=changed, churn={})

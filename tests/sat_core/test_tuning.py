@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sat_core.checkpoint import merged_state_dict
 from sat_core.loss import token_loss
@@ -212,3 +212,26 @@ def test_the_masked_twin_of_an_adapted_model_is_another_model() -> None:
     sparsity.wake_all()
     a, b = (float(masked_loss(sparsity, m, random_batch(1)).detach()) for m in (dense, masks))
     assert abs(a - b) > 1e-5
+
+
+def test_moments_of_eight_bits_follow_their_units() -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, vocab_size=96,
+    )  # fmt: skip
+    losses = {}
+    for kind in ("adamw", "adamw_8bit"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, kind=kind)
+        sparsity = sparsity_of(model, optimizer, total_steps=8, refresh_every=2)
+        for step in range(8):
+            sparsity.begin_step(step, random_batch(0))
+            found = token_loss(model, random_batch(0))
+            (found.total / found.labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses[kind] = float(found.total.detach()) / found.labels
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.05)
