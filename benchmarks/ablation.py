@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from cli.demo_material import make
+from sat_core import step
 from sat_core.__main__ import main as sat_core
 from sat_core.slicing import SlicedBlock, SlicedParameter
 from sat_core.sparsity import Sparsity
@@ -60,6 +61,7 @@ DEFAULT = Cell("default")
 SAT = [
     DEFAULT,
     Cell("allotment by local error", variant="local"),
+    Cell("probes of 256 tokens", variant="small probe"),
     Cell("allotment exempt", {"allotment": "exempt"}),
     Cell("allotment uniform", {"allotment": "uniform"}),
     *(
@@ -165,16 +167,17 @@ def run_cell(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -
 @contextlib.contextmanager
 def variant(name: str) -> Iterator[None]:
     """Another rule in the place of the method's own, for as long as a cell runs."""
-    rules: dict[str, tuple[type, str, Any]] = {
+    rules: dict[str, tuple[Any, str, Any]] = {
         "clear": (SlicedBlock, "_move_moments", _clear_both),
         "keep": (SlicedBlock, "_move_moments", _keep_both),
+        "small probe": (step, "PROBE_TOKENS", 256),
         "local": (Sparsity, "whole", property(lambda _: False)),
     }
     if not name:
         yield
         return
     owner, attribute, rule = rules[name]
-    stock = owner.__dict__[attribute]
+    stock = vars(owner)[attribute]
     setattr(owner, attribute, rule)
     try:
         yield

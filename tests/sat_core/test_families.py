@@ -1,6 +1,6 @@
 """Every family, from a tiny random model of the stock class: sliced equals masked, saved equals loaded.
 
-SATUNE_FAMILY_TABLE=FILE writes what was found as a table; `docs/evidence/families.md` is made so.
+SATUNE_FAMILY_TABLE=FILE writes what was found as a table; the table in `docs/evidence/families.md` is made so.
 """
 
 import copy
