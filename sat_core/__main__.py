@@ -90,12 +90,7 @@ def _train(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise PlanError(
-            f"Memory does not hold a micro-batch of one sequence: {error}. "
-            "Lower sat.train.max_seq_len, or set sat.train.gradient_checkpointing.",
-            "sat.train.max_seq_len",
-            "out_of_memory",
-        ) from error
+        raise PlanError(f"Memory ran out: {error}.", code="out_of_memory") from error
     parallel.leave()
     return DONE
 

@@ -27,7 +27,7 @@ class SatCallback(TrainerCallback):
     """Sparsity-Accelerated Training for a Trainer.
 
         probe = next(iter(trainer.get_train_dataloader()))
-        trainer.add_callback(SatCallback(SatConfig(total_steps=0, mlp_rate=0.5), probe))
+        trainer.add_callback(SatCallback(SatConfig(total_steps=1, mlp_rate=0.5), probe))
 
     Args of the constructor: `config`, whose `total_steps` is replaced by the Trainer's own, and `probe_inputs`, a batch as
     the model takes it, on which units are scored; it is moved to the model's device. `sparsity` is there once training
@@ -43,6 +43,8 @@ class SatCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Meet model and optimizer."""
+        self._widen()
+        self._asleep_soon.clear()
         optimizer = kwargs["optimizer"]
         config = dataclasses.replace(self.config, total_steps=state.max_steps)
         self.sparsity = sparsify(
@@ -80,6 +82,7 @@ class SatCallback(TrainerCallback):
     ) -> None:
         """Leave a dense model."""
         self._widen()
+        self._asleep_soon.clear()
 
     def _widen(self) -> None:
         if self.sparsity is None or self._asleep_soon:

@@ -48,6 +48,16 @@ def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(folder: Path) -> int:
+    """Finished steps of a checkpoint, from its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def in_order(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step-*"), key=step_of)
+
+
 def save(folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, Any]) -> Path:
     """Write `folder`/step-NNNNNN for `state["step"]` finished steps; returns it.
 
@@ -174,8 +184,8 @@ def verify(folder: Path) -> dict[str, Any]:
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     """`folder`, or the newest older checkpoint beside it that verifies; and what was wrong with those passed over."""
     wrong = []
-    older = [p for p in folder.parent.glob("step-*") if p.name < folder.name]
-    for candidate in [folder, *sorted(older, reverse=True)]:
+    older = [p for p in in_order(folder.parent) if step_of(p) < step_of(folder)]
+    for candidate in [folder, *reversed(older)]:
         try:
             verify(candidate)
         except CheckpointError as error:
@@ -266,8 +276,8 @@ def _moments(sparsity: Sparsity) -> dict[str, torch.Tensor]:
                 pair = (block.shards.spread(part, pair[0]), block.shards.spread(part, pair[1]))
         tensors |= {
             f"{name}.step": state["step"],
-            f"{name}.exp_avg": pair[0],
-            f"{name}.exp_avg_sq": pair[1],
+            f"{name}.exp_avg": pair[0].cpu(),
+            f"{name}.exp_avg_sq": pair[1].cpu(),
         }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

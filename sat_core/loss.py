@@ -38,8 +38,11 @@ class TokenLoss(NamedTuple):
     labels: int
 
 
-def token_loss(model: Any, batch: Batch) -> TokenLoss:
-    """Cross-entropy of each labelled token given those before it; of the model as it is, narrow or dense."""
+def token_loss(model: Any, batch: Batch, *, train_head: bool = True) -> TokenLoss:
+    """Cross-entropy of each labelled token given those before it; of the model as it is, narrow or dense.
+
+    Without `train_head` no gradient of the head's weight is made.
+    """
     base = model.get_decoder()
     positions = {} if batch.positions_BT is None else {"position_ids": batch.positions_BT}
     hidden_BTH = base(input_ids=batch.input_ids_BT, use_cache=False, **positions)[0]
@@ -49,7 +52,8 @@ def token_loss(model: Any, batch: Batch) -> TokenLoss:
     head = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
     loss = cast("Any", _ChunkedLoss).apply
-    total, correct = loss(hidden_NH, head.weight, head.bias, targets_N, softcap)
+    weight = head.weight if train_head else head.weight.detach()
+    total, correct = loss(hidden_NH, weight, head.bias, targets_N, softcap)
     return TokenLoss(total, correct, len(targets_N))
 
 

@@ -94,10 +94,11 @@ def expert_pieces(
     return pieces
 
 
-def probe_grid(block: SlicedBlock, multiple: int) -> list[int]:
-    """Awake units of the block at each rate of the grid, strictly falling."""
+def probe_grid(block: SlicedBlock, multiple: int, mean_rate: float) -> list[int]:
+    """Awake units of the block at each rate of the grid, strictly falling; beyond the grid where the mean rate is high."""
+    rates = GRID if mean_rate <= GRID[-2] else (*GRID, (1 + mean_rate) / 2)
     per_stretch = block.num_units // block.stretches
-    counts = [awake_units(per_stretch, rate, multiple) * block.stretches for rate in GRID]
+    counts = [awake_units(per_stretch, rate, multiple) * block.stretches for rate in rates]
     return [k for k in sorted(set(counts), reverse=True) if k < block.num_units]
 
 

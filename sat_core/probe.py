@@ -16,6 +16,7 @@ block, J rates of the grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -119,8 +120,20 @@ class Probe:
         wanted = self.sparsity.config.metric in GRADIENT_METRICS or self.with_errors
         if wanted and self.sparsity.whole:
             self._run_with_gradients(inputs)
-        else:
+        if self.loss is None:
+            # No gradient was wanted, could be had, or, without a label in these inputs, would say anything.
+            self.passes = 1
+            self.seen.clear()
+            self._pieces.clear()
             self._run_forward(inputs)
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss, scores and errors are numbers."""
+        losses = [self.loss] if self.loss is not None else []
+        errors = (e for s in self.seen.values() for e in s.errors)
+        scores = (bool(s.score_U.isfinite().all()) for s in self.seen.values())
+        return all(map(math.isfinite, (*losses, *errors))) and all(scores)
 
     def _run_forward(self, inputs: Inputs) -> None:
         hooks = [h for block in self.blocks for h in self._hooks(block)]
@@ -153,8 +166,9 @@ class Probe:
         try:
             with torch.enable_grad(), self.sparsity.dense_model():
                 total, self._labels = summed_loss(self.sparsity.model, inputs)
-                self.loss = float(total.detach()) / self._labels
-                torch.autograd.grad(total, embedded)
+                if self._labels:
+                    self.loss = float(total.detach()) / self._labels
+                    torch.autograd.grad(total, embedded)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -285,7 +299,7 @@ class Probe:
                     0, piece.tokens_t[picked] // stride, part_tH.to(missing_TH.dtype)
                 )
             norms.append(missing_TH.float().square().sum(1))
-        return torch.stack(norms)
+        return torch.stack(norms) if norms else missing_TH.new_zeros(0, size)
 
     def _at_layer_end(self, layer: int) -> Any:
         def end(_: nn.Module, __: Any, output: Any) -> None:
@@ -310,13 +324,13 @@ def summed_loss(model: Any, inputs: Inputs) -> tuple[Tensor, int]:
         ValueError: where the inputs carry no labels.
     """
     if isinstance(inputs, Batch):
-        found = token_loss(model, inputs)
-        return found.total, max(found.labels, 1)
+        found = token_loss(model, inputs, train_head=False)
+        return found.total, found.labels
     if "labels" not in inputs:
         raise ValueError(
             "the probe's inputs have no labels, which this metric or allotment needs; allotment 'exempt' needs none"
         )
-    labels = max(int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum()), 1)
+    labels = int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
     return model(**inputs).loss * labels, labels
 
 

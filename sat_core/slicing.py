@@ -349,8 +349,9 @@ def _replace(parameter: nn.Parameter, tensor: Tensor) -> None:
     """Swap `.data`, and with it the gradient accumulator.
 
     A loss that somebody still holds keeps the old accumulator alive, and with it the old shape; torch forgets it only when
-    the type changes, so the type changes for a moment.
+    the type changes, so the type changes for a moment. Autocast keeps half-precision copies by Parameter, whatever its data.
     """
+    torch.clear_autocast_cache()
     parameter.data = tensor.new_empty(
         0, dtype=torch.float16 if tensor.dtype != torch.float16 else torch.float32
     )

@@ -12,6 +12,7 @@ allotted to the layers anew; there, and every `refresh_every` steps inside a sta
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from sat_core.parallel import Parallel
 from sat_core.pieces import probe_grid, weight_score
 from sat_core.plan.accounting import Widths, attention_units
 from sat_core.plan.config import SatConfig
+from sat_core.plan.errors import ConfigError
 from sat_core.plan.schedule import awake_units, layer_rates
 from sat_core.probe import WEIGHT_METRICS, Inputs, Probe, Seen
 from sat_core.selection import select
@@ -85,6 +87,8 @@ class Sparsity:
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.parallel = parallel or Parallel()
+        if optimizer is not None and any(g.get("amsgrad") for g in optimizer.param_groups):
+            raise ConfigError("amsgrad is not supported: its maxima would not follow their units.")
         self.anatomy = Anatomy.of(model, config)
         self.core, self.shape = self.anatomy.core, self.anatomy.shape
         self.family: Family = self.anatomy.family
@@ -153,10 +157,10 @@ class Sparsity:
         due = bool(every and share > 0 and (step - phase.first_step) % every == 0)
         if not self.config.sparse or not (stage_begins or due):
             return None
-        self.share = share
         if share == 0:
             changed = [b for b in self.blocks if b.num_awake < b.num_units]
             self.wake_all()
+            self.share = share
             return Refresh(
                 share=0.0,
                 stage_begins=True,
@@ -166,7 +170,9 @@ class Sparsity:
                 changed=changed,
                 churn={},
             )
-        return self.choose(step, inputs, share=share, allot_anew=stage_begins)
+        made = self.choose(step, inputs, share=share, allot_anew=stage_begins)
+        self.share = made.share
+        return made
 
     def choose(
         self, step: int, inputs: Inputs, *, share: float = 1.0, allot_anew: bool = True
@@ -197,6 +203,10 @@ class Sparsity:
             for b in chosen:
                 score = weight_score(b, config.metric, seed=config.seed, step=step)
                 probe.seen[id(b)] = Seen(score)
+        if not probe.finite:
+            # The model no longer computes numbers: dense, where the guard of the step will see it too.
+            self.finish_dense()
+            share, chosen, by_errors = 0.0, [], False
         widths = self._allot(chosen, probe, share) if allot_anew else {}
         churn = {
             id(b): self._refresh(b, probe.seen[id(b)], widths.get(id(b), b.num_awake), step)
@@ -222,10 +232,12 @@ class Sparsity:
 
         Beyond `max_gap` the ladder steps down a rung early, for good; true where it did.
         """
-        if not self.config.max_gap or gap <= self.config.max_gap or self.share == 0:
+        bound = self.config.max_gap
+        if not bound or not math.isfinite(gap) or gap <= bound or self.cap < self.share:
             return False
-        self.cap = max(0.0, round((self.share - 1 / self.config.rungs) * 1e9) / 1e9)
-        return True
+        lower = [p.share for p in self.config.ladder.phases() if p.share < self.share]
+        self.cap = max(lower, default=0.0)
+        return self.share > 0
 
     def finish_dense(self) -> None:
         """Train dense from the next step on."""
@@ -246,7 +258,8 @@ class Sparsity:
 
     def grid(self, block: SlicedBlock) -> list[int]:
         """Widths at which the probe measures the block."""
-        return probe_grid(block, self.multiple if block.kind == "mlp" else 1)
+        rate = self.config.mlp_rate if block.kind == "mlp" else self.config.attention_rate
+        return probe_grid(block, self.multiple if block.kind == "mlp" else 1, rate)
 
     @property
     def whole(self) -> bool:
@@ -255,8 +268,8 @@ class Sparsity:
 
     @contextmanager
     def dense_model(self) -> Iterator[None]:
-        """Within, the whole model is dense, gradients included."""
-        with self._eager_layers():
+        """Within, the whole model is dense, gradients included; without dropout, but where layers are checkpointed."""
+        with self._eager_layers(quiet=not self.core.is_activation_checkpointing):
             try:
                 for block in self.blocks:
                     block.widen()
@@ -266,15 +279,20 @@ class Sparsity:
                     block.narrow()
 
     @contextmanager
-    def _eager_layers(self) -> Iterator[None]:
-        """Compiled layers run eagerly meanwhile: their graphs are of narrow shapes, and hooks would be a recompile."""
-        layers = self.layers
+    def _eager_layers(self, *, quiet: bool = True) -> Iterator[None]:
+        """Compiled layers run eagerly meanwhile: their graphs are of narrow shapes, and hooks would be a recompile.
+
+        `quiet` turns dropout off, which would make two losses of one batch differ and use up random numbers.
+        """
+        layers, training = self.layers, self.model.training
         compiled = [layer._compiled_call_impl for layer in layers]
         try:
             for layer in layers:
                 layer._compiled_call_impl = None
+            self.model.train(training and not quiet)
             yield
         finally:
+            self.model.train(training)
             for layer, call in zip(layers, compiled, strict=True):
                 layer._compiled_call_impl = call
 
@@ -305,7 +323,7 @@ class Sparsity:
 
         Where ranks share the layers all must ask, and only the first one gets the sliced tensors.
         """
-        state = dict(self.model.state_dict())
+        state: dict[str, Tensor] = dict(self.model.state_dict())
         for block in self.blocks:
             for part in block.parts:
                 full = block.whole(part)

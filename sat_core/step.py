@@ -6,6 +6,7 @@ suffice is made again in smaller pieces, for nothing of it had been kept.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from sat_core.sparsity import Refresh
 
 MAX_BAD_STEPS = 5
+# A probe sees a quarter of a micro-batch at most: 256 tokens chose as well as 1,024 (docs/evidence/ablation.md).
+PROBE_DIVISOR = 4
 PROBE_TOKENS = 4096
 
 
@@ -56,6 +59,7 @@ class Stepper:
         self.parts, self.config, self.corpus = parts, config, corpus
         self.counters, self.events = counters, events
         self._warm = False
+        self._chosen: tuple[int, Refresh | None] | None = None
 
     def step(self) -> Made | None:
         """The next step; None where memory ran out and it is to be tried again, smaller.
@@ -64,20 +68,47 @@ class Stepper:
             PlanError: with code loss_not_finite, after several bad steps in a row.
         """
         started = time.perf_counter()
-        config, counters, sparsity = self.config, self.counters, self.parts.sparsity
         try:
             batches = self._micro_batches()
-            probe_rows = max(1, PROBE_TOKENS // batches[0].input_ids_BT.shape[1])
-            with self.parts.autocast():
-                refresh = sparsity.begin_step(counters.step, batches[0].rows(0, probe_rows))
+            rows, width = batches[0].input_ids_BT.shape
+            probe_rows = max(1, min(rows // PROBE_DIVISOR, PROBE_TOKENS // width))
+            refresh = self._choose(batches[0].rows(0, probe_rows))
             choice_seconds = time.perf_counter() - started
             if refresh is not None and refresh.dense_loss is not None:
                 batches = _apart(batches, probe_rows)
             result = self._gradients(batches)
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or not self._halve_micro_batch():
+            if not is_out_of_memory(error):
                 raise
-            return None
+            lack = str(error)
+        else:
+            return self._make(refresh, result, batches[0], choice_seconds, started)
+        # Out here the failed forward's frames, and with them its activations, are gone.
+        self._halve_micro_batch(lack)
+        return None
+
+    def _choose(self, batch: Batch) -> Refresh | None:
+        """Who is awake; once a step, however often it is tried."""
+        step = self.counters.step
+        if self._chosen is not None and self._chosen[0] == step:
+            refresh = self._chosen[1]
+            # The pieces are smaller now, so the probe's loss has no twin.
+            return refresh and dataclasses.replace(refresh, dense_loss=None)
+        with self.parts.autocast():
+            refresh = self.parts.sparsity.begin_step(step, batch)
+        self._chosen = (step, refresh)
+        return refresh
+
+    def _make(
+        self,
+        refresh: Refresh | None,
+        result: StepResult,
+        first: Batch,
+        choice_seconds: float,
+        started: float,
+    ) -> Made:
+        """Update and count."""
+        config, counters = self.config, self.counters
         rate = learning_rate_at(
             counters.step,
             peak=config.learning_rate,
@@ -87,9 +118,9 @@ class Stepper:
         )
         self._update(result, rate)
         if refresh is not None:
-            self._count_probe(refresh, result, batches[0])
+            self._count_probe(refresh, result, first)
         seconds = time.perf_counter() - started
-        progress.count(counters, result, sparsity, seconds)
+        progress.count(counters, result, self.parts.sparsity, seconds)
         if self._warm and result.flops == result.dense_flops:
             counters.dense_seconds += seconds
             counters.dense_steps += 1
@@ -115,7 +146,7 @@ class Stepper:
             extra = parallel.most(len(batches)) - len(batches)
             batches = batches + extra * [batches[-1]._replace(labels_BT=unlabelled)]
         per_batch = [int((b.labels_BT[:, 1:] != IGNORED_LABEL).sum()) for b in batches]
-        labels = int(parallel.sum(torch.tensor(sum(per_batch))))
+        labels = max(1, int(parallel.sum(torch.tensor(sum(per_batch)))))
         totals, correct = [], 0
         for batch in batches:
             with parts.autocast():
@@ -181,11 +212,20 @@ class Stepper:
                 code="loss_not_finite",
             )
 
-    def _halve_micro_batch(self) -> bool:
-        """Go on with half as many sequences in a forward and as many in a step; false where it cannot be less."""
+    def _halve_micro_batch(self, lack: str) -> None:
+        """Go on with half as many sequences in a forward and as many in a step.
+
+        Raises:
+            PlanError: with code out_of_memory, where it cannot be less.
+        """
         size = self.counters.micro_batch_size or self.config.micro_batch_size
         if size == 1 or self.parts.parallel.world > 1:
-            return False
+            raise PlanError(
+                f"Memory does not hold a micro-batch of {size}: {lack}. "
+                "Lower sat.train.max_seq_len, or set sat.train.gradient_checkpointing.",
+                "sat.train.max_seq_len",
+                "out_of_memory",
+            )
         self.parts.optimizer.zero_grad(set_to_none=True)
         if self.parts.device != "cpu":
             torch.cuda.empty_cache()
@@ -196,11 +236,11 @@ class Stepper:
             f"{self.config.batch_size} sequences a step as before",
             step=self.counters.step + 1,
         )
-        return True
 
     def _count_probe(self, refresh: Refresh, result: StepResult, batch: Batch) -> None:
         tokens = batch.input_ids_BT.numel()
-        cost = Cost(tokens=tokens, attended_pairs=_pairs(batch), labels=tokens)
+        labels = int((batch.labels_BT[:, 1:] != IGNORED_LABEL).sum())
+        cost = Cost(tokens=tokens, attended_pairs=_pairs(batch), labels=labels)
         shape = self.parts.sparsity.shape
         forward = forward_flops(shape, Widths.dense(shape), cost)
         flops = self.parts.parallel.world * refresh.passes * forward

@@ -83,6 +83,7 @@ class Run:
         self.stepper = Stepper(self.parts, config, train, self.counters, events)
         self.judge = Judge(self.parts, config, held, measures, events, chat=chat)
         self.last_loss: float | None = None
+        self._saved_step = 0
 
     def train(self) -> None:
         """Run to the end, or until asked to stop.
@@ -97,18 +98,28 @@ class Run:
         phase_state = ""
         while self.counters.step < self.config.total_steps:
             self._leave_if_asked()
-            phase = self.config.sat.ladder.phase_at(self.counters.step)
-            if phase.state != phase_state:
-                phase_state = phase.state
-                words = (
-                    f"at {phase.share:.0%} of the full omission rate" if phase.share else "dense"
-                )
-                self.events.state(phase_state, f"Training {words}")
+            state, words = self._phase()
+            if state != phase_state:
+                phase_state = state
+                self.events.state(state, f"Training {words}")
             made = self.stepper.step()
             if made is not None:
                 self._report(made)
                 self._after_step()
         self._finish()
+
+    def _phase(self) -> tuple[str, str]:
+        """Name and words of what the next step is part of; guards may have brought the ladder lower than planned."""
+        sat = self.config.sat
+        if not sat.sparse:
+            return "training_dense", "dense"
+        phase = sat.ladder.phase_at(self.counters.step)
+        share = min(phase.share, self.sparsity.cap)
+        if share == 0:
+            dense = phase.state if phase.share == 0 else "training_dense_finish"
+            return dense, "dense"
+        state = phase.state if share == phase.share else "training_ladder"
+        return state, f"at {share:.0%} of the full omission rate"
 
     def _report(self, made: Made) -> None:
         self.last_loss = made.result.loss
@@ -184,6 +195,7 @@ class Run:
         if self.parallel.first:
             self._tell_checkpoint(folder, saved)
         self.parallel.wait()
+        self._saved_step = self.counters.step
         return saved
 
     def _tell_checkpoint(self, folder: Path, saved: Path) -> None:
@@ -199,7 +211,7 @@ class Run:
             metrics=figures,
         )
         self.events.sync()
-        for old in sorted(folder.glob("step-*"))[: -self.config.checkpoint_keep]:
+        for old in checkpoint.in_order(folder)[: -self.config.checkpoint_keep]:
             shutil.rmtree(old)
             self.events.emit(
                 "checkpoint_deleted", step=int(old.name[5:]), path=f"checkpoints/{old.name}"
@@ -208,7 +220,7 @@ class Run:
     def _leave_if_asked(self) -> None:
         if not self.parallel.any(self.stopping()):
             return
-        if self.counters.step:
+        if self.counters.step and self.counters.step != self._saved_step:
             self._save()
         raise Stopped
 

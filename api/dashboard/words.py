@@ -24,6 +24,7 @@ STATE_WORDS = {
     "checking_dataset": "reading the data set",
     "tokenizing": "turning text into tokens",
     "loading_model": "loading the model",
+    "training_dense": "dense",
     "training_dense_start": "dense start",
     "training_sparse": "sparse stage",
     "training_ladder": "coming down the ladder",

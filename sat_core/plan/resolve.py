@@ -260,7 +260,11 @@ def _warnings(config: SatConfig, shape: ModelShape) -> list[str]:
                 f"sat.omission_rate.{kind} is {rate:g}; above {limit:g} quality has been seen to fall."
             )
     units = attention_units(shape, config.attention_unit)
-    if config.attention_rate > 0 and units < 4:
+    if config.attention_rate > 0 and units == 1:
+        warnings.append(
+            "A layer has a single attention unit, which cannot sleep: the attention rate has no effect."
+        )
+    elif config.attention_rate > 0 and units < 4:
         warnings.append(
             f"A layer has {units} attention units that can sleep, so the attention rate is realised coarsely."
         )

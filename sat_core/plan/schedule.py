@@ -10,6 +10,7 @@ Steps are 0-based here: step t is the update that takes the model from t to t + 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -59,8 +60,11 @@ class Ladder:
         wanted = 1.0 - done if self.type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return round(wanted * rungs) / rungs
 
-    def phases(self) -> list[Phase]:
+    def phases(self) -> tuple[Phase, ...]:
         """The run as maximal stretches of equal share, in order; their steps sum to `total_steps`."""
+        return _phases(self)
+
+    def _find_phases(self) -> tuple[Phase, ...]:
         edges = [0, self._dense_end(), self._constant_end()]
         left = self.total_steps - self._constant_end()
         if self.type == "ladder":
@@ -78,7 +82,7 @@ class Ladder:
                 first = phases.pop().first_step
             state = "training_dense_start" if first == 0 and share == 0 else _state(share)
             phases.append(Phase(first_step=first, last_step=end - 1, share=share, state=state))
-        return phases
+        return tuple(phases)
 
     def phase_at(self, step: int) -> Phase:
         """The phase that holds 0-based `step`."""
@@ -95,6 +99,11 @@ class Ladder:
     def _constant_end(self) -> int:
         constant = math.floor(self.sparse_share * self.total_steps)
         return min(self.total_steps, max(self._dense_end(), constant))
+
+
+@functools.lru_cache(maxsize=64)
+def _phases(ladder: Ladder) -> tuple[Phase, ...]:
+    return ladder._find_phases()
 
 
 def _state(share: float) -> str:

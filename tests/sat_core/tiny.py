@@ -64,7 +64,7 @@ def tiny_model(
         own |= {"num_key_value_heads": kv_heads, "head_dim": 8}
     if model_type == "falcon":
         own |= {"num_kv_heads": kv_heads}
-    config = AutoConfig.for_model(model_type, **own, tie_word_embeddings=tied, **extra)
+    config = AutoConfig.for_model(model_type, **{**own, "tie_word_embeddings": tied, **extra})
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention_implementation(config), dtype=torch.float32
     )
