@@ -312,18 +312,17 @@ def table(args: argparse.Namespace) -> None:
             "| cell | held-out loss | seeds | FLOPs | probes | better than dense at equal FLOPs by |"
         )
         print("|---|---|---|---|---|---|")
-        for cell in (*DENSE, *SAT):
-            rate = dense_rate if cell in DENSE else sat_rate
-            mine = [r for r in rows if r["cell"] == cell.name and r["rate"] == rate]
-            if not mine:
-                continue
+        for cell in dict.fromkeys(r["cell"] for r in sorted(rows, key=lambda r: r["seed"])):
+            is_dense = cell.startswith("dense")
+            rate = dense_rate if is_dense else sat_rate
+            mine = [r for r in rows if r["cell"] == cell and r["rate"] == rate]
             losses = [r["after"] for r in mine]
             gains = [_dense_at(rows, dense_rate, r) - r["after"] for r in mine]
             flops = statistics.mean(r["flops"] for r in mine) / full
             probes = statistics.mean(r["probe_flops"] / r["flops"] for r in mine)
             print(
-                f"| {cell.name} | {_spread(losses)} | {len(mine)} | {flops:.3f} | {probes:.1%} | "
-                f"{'' if cell in DENSE else _spread(gains)} |"
+                f"| {cell} | {_spread(losses)} | {len(mine)} | {flops:.3f} | {probes:.1%} | "
+                f"{'' if is_dense else _spread(gains)} |"
             )
 
 
