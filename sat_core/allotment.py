@@ -31,6 +31,11 @@ class Curve:
     unit_cost: float = 1.0
     multiple: int = 1
 
+    def rows(self) -> list[tuple[float, float]]:
+        """(omission rate, cost) pairs, for people."""
+        rates = [1 - k / self.num_units for k in self.awake]
+        return list(zip(rates, self.errors, strict=True))
+
     def hull(self) -> list[tuple[int, float]]:
         """Lower convex hull of (units asleep, error), from (0, 0) on."""
         points = [(0, 0.0)] + [

@@ -21,21 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from sat_core import importance
-from sat_core.allotment import Curve, allot
 from sat_core.blocks import Anatomy, attention_block, mlp_block
 from sat_core.parallel import Parallel
 from sat_core.pieces import probe_grid, weight_score
-from sat_core.plan.accounting import Widths, attention_units
+from sat_core.plan.accounting import Widths
 from sat_core.plan.config import SatConfig
 from sat_core.plan.errors import ConfigError
-from sat_core.plan.schedule import awake_units, layer_rates
 from sat_core.probe import WEIGHT_METRICS, Inputs, Probe, Seen
 from sat_core.selection import select
 from sat_core.slicing import SlicedBlock
+from sat_core.widths import curve_of, stage_widths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sat_core.allotment import Curve
     from sat_core.plan.families import Family
 
 
@@ -187,7 +187,7 @@ class Sparsity:
         chosen = [
             b
             for b in self.blocks
-            if (rates[b.kind] > 0 if allot_anew else b.num_awake < b.num_units)
+            if (config.pooled or rates[b.kind] > 0 if allot_anew else b.num_awake < b.num_units)
         ]
         probe = Probe(self, chosen, step, with_errors=by_errors)
         probed = bool(chosen) and (
@@ -207,7 +207,10 @@ class Sparsity:
             # The model no longer computes numbers: dense, where the guard of the step will see it too.
             self.finish_dense()
             share, chosen, by_errors = 0.0, [], False
-        widths = self._allot(chosen, probe, share) if allot_anew else {}
+        curves = (
+            {id(b): self._curve(b, probe.seen[id(b)].errors) for b in chosen} if by_errors else {}
+        )
+        widths = stage_widths(config, chosen, curves, share, self.multiple) if allot_anew else {}
         churn = {
             id(b): self._refresh(b, probe.seen[id(b)], widths.get(id(b), b.num_awake), step)
             for b in chosen
@@ -220,9 +223,7 @@ class Sparsity:
             stage_begins=allot_anew,
             dense_loss=probe.loss,
             passes=probe.passes if probed else 0,
-            errors={(b.kind, b.layer): self._curve_rows(b, probe) for b in chosen}
-            if by_errors
-            else {},
+            errors={(b.kind, b.layer): curves[id(b)].rows() for b in chosen if by_errors},
             changed=chosen,
             churn=churn,
         )
@@ -360,42 +361,15 @@ class Sparsity:
             self.bias[id(block)] = self._mean_contribution(block, seen.mean_I)
         return 1.0 - float(torch.isin(awake_K, before).float().mean())
 
-    def _allot(self, blocks: list[SlicedBlock], probe: Probe, share: float) -> dict[int, int]:
-        """Awake units of each block, by `id`."""
-        config, shape = self.config, self.shape
-        widths: dict[int, int] = {}
-        for kind, rate in (("mlp", config.mlp_rate), ("attention", config.attention_rate)):
-            mine = [b for b in blocks if b.kind == kind]
-            if not mine:
-                continue
-            if config.allotment == "sensitivity":
-                curves = [self._curve(b, probe) for b in mine]
-                awake = allot(curves, share * rate)
-                widths |= {id(b): k for b, k in zip(mine, awake, strict=True)}
-                continue
-            units = (
-                shape.intermediate
-                if kind == "mlp"
-                else attention_units(shape, config.attention_unit)
-            )
-            multiple = self.multiple if kind == "mlp" else 1
-            for b, r in zip(mine, layer_rates(rate, len(mine), config.allotment), strict=True):
-                widths[id(b)] = awake_units(units, share * r, multiple) * (b.num_units // units)
-        return widths
-
-    def _curve(self, block: SlicedBlock, probe: Probe) -> Curve:
-        multiple = block.stretches * (self.multiple if block.kind == "mlp" else 1)
-        return Curve(
-            num_units=block.num_units,
-            awake=tuple(self.grid(block)),
-            errors=probe.seen[id(block)].errors,
-            multiple=multiple,
+    def _curve(self, block: SlicedBlock, errors: tuple[float, ...]) -> Curve:
+        return curve_of(
+            block,
+            self.grid(block),
+            errors,
+            shape=self.shape,
+            unit=self.config.attention_unit,
+            multiple=self.multiple,
         )
-
-    def _curve_rows(self, block: SlicedBlock, probe: Probe) -> list[tuple[float, float]]:
-        curve = self._curve(block, probe)
-        rates = [1 - k / curve.num_units for k in curve.awake]
-        return list(zip(rates, curve.errors, strict=True))
 
     def _mean_contribution(self, block: SlicedBlock, mean_I: Tensor) -> Tensor:
         """What the sleepers would add on average, [H]."""

@@ -86,6 +86,14 @@ def attention_units(shape: ModelShape, unit: str) -> int:
     return shape.num_kv_heads if unit == "kv_group" else shape.heads_per_group
 
 
+def unit_cost(shape: ModelShape, kind: str, unit: str) -> float:
+    """Multiply-adds of a token that pass through one MLP channel or attention unit; its projections alone."""
+    if kind == "mlp":
+        return shape.mlp_matrices * shape.hidden * shape.active_experts / shape.experts
+    heads = shape.heads_per_group + 1 if unit == "kv_group" else 1
+    return 2 * shape.hidden * shape.head_dim * heads
+
+
 def planned_widths(shape: ModelShape, sat: SatConfig, share: float, multiple: int) -> Widths:
     """Awake units for a share of the full rates."""
     mlp = layer_rates(sat.mlp_rate, shape.num_layers, sat.allotment)

@@ -36,6 +36,7 @@ class SatConfig:
     Attributes:
         total_steps: optimizer steps of the run.
         mlp_rate, attention_rate: omission rates in [0, 1), means over all layers.
+        pooled: spend both as one budget of FLOPs, on either kind of unit wherever least is lost; needs sensitivity.
         schedule, dense_start, sparse_share, rungs: see `plan.schedule`.
         allotment: how a mean rate is spread over layers; see `sat_core.allotment`.
         metric: score of a unit; see `sat_core.importance`.
@@ -53,6 +54,7 @@ class SatConfig:
     total_steps: int
     mlp_rate: float = 0.5
     attention_rate: float = 0.0
+    pooled: bool = False
     schedule: LadderType = "ladder"
     dense_start: float = 0.05
     sparse_share: float = 0.7
@@ -81,6 +83,11 @@ class SatConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; allowed is at least 0 and below 1.", name
                 )
+        if self.pooled and self.allotment != "sensitivity":
+            raise ConfigError(
+                f"pooled is true, which needs allotment 'sensitivity'; it is {self.allotment!r}.",
+                "pooled",
+            )
         if self.total_steps < 1 or self.rungs < 1:
             raise ConfigError(
                 f"total_steps is {self.total_steps} and rungs is {self.rungs}; both must be at least 1.",

@@ -39,6 +39,9 @@ class OmissionRate:
     attention: float | None = setting(
         None, "Share of KV groups (attention heads) asleep; a warning above .25.", ge=0, lt=1
     )
+    pooled: bool = setting(
+        False, "Spend both rates as one budget of FLOPs, on either kind wherever least is lost."
+    )
     attention_unit: AttentionUnit = setting(
         "kv_group", "What sleeps: whole KV groups, or equally many query heads of every group."
     )

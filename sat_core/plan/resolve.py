@@ -188,6 +188,7 @@ def _sat_config(
         total_steps=steps,
         mlp_rate=0.0 if sat.mode == "off" else mlp,
         attention_rate=asked.attention or 0.0,
+        pooled=asked.pooled,
         schedule=sat.schedule.type,
         dense_start=sat.schedule.dense_start,
         sparse_share=sat.schedule.sparse_share,

@@ -1,9 +1,11 @@
 """How units are scored and chosen, and how a rate is spread over layers."""
 
+import copy
 import itertools
 import math
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from sat_core.allotment import GRID, Curve, allot
 from sat_core.loss import token_loss
+from sat_core.plan.accounting import Cost, step_flops
 from sat_core.plan.config import Metric
 from sat_core.probe import Probe
 from sat_core.selection import select
@@ -245,3 +248,28 @@ def test_sensitivity_spends_the_users_rate_on_few_widths(model_type: str) -> Non
     errors = [e for _, e in report.errors["mlp", 0]]
     assert errors == sorted(errors)
     assert report.dense_loss is not None
+
+
+def test_one_budget_is_spent_on_either_kind() -> None:
+    model, batch = tiny_model("llama", kv_heads=4), random_batch(0)
+    apart = sparsity_of(
+        copy.deepcopy(model), mlp_rate=0.5, attention_rate=0.25, allotment="sensitivity"
+    )
+    pooled = sparsity_of(
+        model, mlp_rate=0.5, attention_rate=0.25, allotment="sensitivity", pooled=True
+    )
+    reports = [s.choose(0, batch) for s in (apart, pooled)]
+    cost = Cost(tokens=1, attended_pairs=0, labels=0)
+    flops = [step_flops(s.shape, s.widths, cost) for s in (apart, pooled)]
+    assert flops[1] == pytest.approx(flops[0], rel=0.02)
+    assert pooled.realised_rates() != apart.realised_rates()
+
+    def lost(sparsity: Sparsity, report: Any) -> float:
+        total = 0.0
+        for block in sparsity.blocks:
+            rate = 1 - block.num_awake / block.num_units
+            points = [(0.0, 0.0), *report.errors[block.kind, block.layer]]
+            total += float(np.interp(rate, *zip(*points, strict=True)))
+        return total
+
+    assert lost(pooled, reports[1]) < lost(apart, reports[0])
