@@ -61,7 +61,7 @@ DEFAULT = Cell("default")
 SAT = [
     DEFAULT,
     Cell("allotment by local error", variant="local"),
-    Cell("probes of 1,024 tokens", variant="large probe"),
+    Cell("probes of 256 tokens", variant="small probe"),
     Cell("allotment exempt", {"allotment": "exempt"}),
     Cell("allotment uniform", {"allotment": "uniform"}),
     *(
@@ -82,7 +82,7 @@ SAT = [
 ]
 FEW = (
     "default",
-    "probes of 1,024 tokens",
+    "probes of 256 tokens",
     "allotment by local error",
     "allotment exempt",
     "allotment uniform",
@@ -171,7 +171,7 @@ def variant(name: str) -> Iterator[None]:
     rules: dict[str, tuple[Any, str, Any]] = {
         "clear": (SlicedBlock, "_move_moments", _clear_both),
         "keep": (SlicedBlock, "_move_moments", _keep_both),
-        "large probe": (step, "PROBE_DIVISOR", 1),
+        "small probe": (step, "PROBE_DIVISOR", 4),
         "local": (Sparsity, "whole", property(lambda _: False)),
     }
     if not name:

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from sat_core.sparsity import Refresh
 
 MAX_BAD_STEPS = 5
-# A probe sees a quarter of a micro-batch at most: 256 tokens chose as well as 1,024 (docs/evidence/ablation.md).
-PROBE_DIVISOR = 4
+# Share of a micro-batch that a probe sees, as a divisor; a quarter chose as well alone (docs/evidence/ablation.md), but ranks
+# must see together what one process sees.
+PROBE_DIVISOR = 1
 PROBE_TOKENS = 4096
 
 
