@@ -94,8 +94,11 @@ class Library(Transactions):
         """Forget a file; its bytes are the caller's to remove, after this. Raises NotFound, FileInUse."""
         with self.writing() as session:
             row = _find_file(session, project, file_id)
-            active = select(JobRow).where(JobRow.project == project, JobRow.status.in_(ACTIVE))
-            if users := tuple(j.id for j in session.scalars(active) if file_id in _files_of(j)):
+            active = select(
+                JobRow.id, JobRow.training_file, JobRow.validation_file, JobRow.request
+            ).where(JobRow.project == project, JobRow.status.in_(ACTIVE))
+            jobs = session.execute(active)
+            if users := tuple(id for id, *files in jobs if file_id in _files_of(*files)):
                 error = FileInUse(
                     f"{file_id} is needed by {', '.join(users)}, which have not ended"
                 )
@@ -126,9 +129,9 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _files_of(job: JobRow) -> set[str | None]:
-    mix = job.request["sat"]["data"]["mix"]
-    return {job.training_file, job.validation_file, *(entry["file"] for entry in mix)}
+def _files_of(training: str, validation: str | None, request: dict[str, Any]) -> set[str | None]:
+    mix = request["sat"]["data"]["mix"]
+    return {training, validation, *(entry["file"] for entry in mix)}
 
 
 def _find_file(session: Any, project: str, file_id: str) -> FileRow:

@@ -11,20 +11,21 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from jobs.errors import IdempotencyMismatch, JobTerminal, LeaseLost
 from jobs.library import Library, record_of
-from jobs.models import AttemptRow, CheckpointRow, IdempotencyRow, JobRow, ModelRow, WorkerRow
+from jobs.models import AttemptRow, CheckpointRow, IdempotencyRow, JobRow, ModelRow
 from jobs.reads import Reads, find_job, job_record
 from jobs.recording import add_event, apply
-from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewJob, WorkerRecord, new_id
+from jobs.roster import Roster
+from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewJob, new_id
 from jobs.states import HELD, TERMINAL, WAITING, Desired, Stage, Status, allowed
 
 
-class Store(Library, Reads):
+class Store(Library, Reads, Roster):
     """The job store. One method is one transaction."""
 
     def create_job(
@@ -300,45 +301,6 @@ class Store(Library, Reads):
                 JobRow.not_before <= time.time(),
             )
             return session.scalar(query) or 0
-
-    def register_worker(
-        self, worker_id: str, *, hostname: str, pid: int, slots: dict[str, int]
-    ) -> None:
-        """Tell of a worker that starts."""
-        now = time.time()
-        with self.writing() as session:
-            session.add(
-                WorkerRow(
-                    id=worker_id,
-                    hostname=hostname,
-                    pid=pid,
-                    slots=slots,
-                    started_at=now,
-                    beat_at=now,
-                )
-            )
-
-    def beat_worker(self, worker_id: str) -> None:
-        """Tell that a worker lives."""
-        with self.writing() as session:
-            session.execute(
-                update(WorkerRow)
-                .where(WorkerRow.id == worker_id)
-                .values(beat_seq=WorkerRow.beat_seq + 1, beat_at=time.time())
-            )
-
-    def forget_worker(self, worker_id: str) -> None:
-        """A worker has ended in order."""
-        with self.writing() as session:
-            row = session.get(WorkerRow, worker_id)
-            if row is not None:
-                session.delete(row)
-
-    def workers(self) -> list[WorkerRecord]:
-        """Workers that have told of themselves, newest first."""
-        with self.reading() as session:
-            rows = session.scalars(select(WorkerRow).order_by(WorkerRow.started_at.desc()))
-            return [record_of(WorkerRecord, row) for row in rows]
 
     def _fenced(self, session: Session, claim: Claim) -> JobRow:
         """The claimed row, locked, its lease renewed. Raises LeaseLost."""
