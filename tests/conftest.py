@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,9 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL of this test run."""
-    with postgresql(tmp_path_factory.mktemp("postgres")) as url:
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL of this test run; not below pytest's folder, which every other run closes to other users."""
+    with tempfile.TemporaryDirectory(prefix="satune-") as folder, postgresql(Path(folder)) as url:
         yield url
 
 

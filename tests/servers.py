@@ -31,14 +31,11 @@ def free_port() -> int:
 
 @contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
-    """A cluster in `folder`; yields a URL up to the database's name, with database `postgres` there."""
+    """A cluster in `folder`, which must be reachable for other users; yields a URL up to the database's name, with database `postgres` there."""
     binaries, data, port = _postgres_binaries(), folder / "data", free_port()
     run_as: list[str] = []
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
-        folder.chmod(0o755)
-        for parent in folder.parents[:2]:
-            parent.chmod(0o755)
         os.chown(folder, nobody.pw_uid, nobody.pw_gid)
         run_as = [
             "setpriv",
