@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sat_core.loss import token_loss
-from sat_core.optim import build_optimizer
 from sat_core.plan.families import supported_model_types
-from sat_core.reference import MaskedAdamW, masked_loss, masks_of, train_step
+from sat_core.reference import masked_loss, masks_of
 from sat_core.sparsity import Sparsity
+from tests.sat_core.beside import train_beside_the_reference
 from tests.sat_core.tiny import EXPERTS, WITH_KV_HEADS, random_batch, sparsity_of, tiny_model
 
 KV_HEADS = dict.fromkeys((*WITH_KV_HEADS, "falcon"), (1, 2, 4))
@@ -105,25 +105,9 @@ def test_updates_through_several_selections_equal_the_reference(
 ) -> None:
     name, kv_heads = case
     model = tiny_model(name, kv_heads=kv_heads, tied=name in ("llama", "gpt2", "opt")).double()
-    twin = sparsity_of(copy.deepcopy(model))
-    oracle = MaskedAdamW(twin, learning_rate=3e-3, weight_decay=0.1)
-    optimizer = build_optimizer(model, learning_rate=3e-3, weight_decay=0.1)
-    sparsity = sparsity_of(model, optimizer, metric="uniform", refresh_every=2, total_steps=8)
-    before = masks_of(sparsity)
-    for step in range(8):
-        batch = random_batch(step)
-        if sparsity.begin_step(step, batch):
-            oracle.wake(before, masks_of(sparsity))
-            before = masks_of(sparsity)
-        found = token_loss(model, batch)
-        (found.total / found.labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss = train_step(twin, oracle, batch, before)
-        assert float(found.total.detach()) / found.labels == pytest.approx(loss, rel=1e-8)
-    sparsity.wake_all()
-    pairs = zip(model.parameters(), twin.model.parameters(), strict=True)
-    worst = max(difference(ours.detach(), theirs.detach()) for ours, theirs in pairs)
+    ours, theirs = train_beside_the_reference(model, steps=8, rel=1e-8, metric="uniform")
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    worst = max(difference(a.detach(), b.detach()) for a, b in pairs)
     note(table, case, "update fp64", worst)
     assert worst < 1e-6
 

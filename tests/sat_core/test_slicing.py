@@ -1,13 +1,13 @@
 """Blocks that narrow and widen: what moves with a unit, what is refused, other units than whole KV groups."""
 
-import copy
-
 import pytest
 import torch
 
 from sat_core.loss import token_loss
 from sat_core.optim import build_optimizer
-from sat_core.reference import MaskedAdamW, masked_loss, masks_of, train_step
+from sat_core.reference import masked_loss, masks_of
+from sat_core.sparsity import Sparsity
+from tests.sat_core.beside import train_beside_the_reference
 from tests.sat_core.tiny import random_batch, sparsity_of, tiny_model
 
 
@@ -64,32 +64,19 @@ def test_every_expert_keeps_channels_of_its_own() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_equally_many_query_heads_of_every_group_may_sleep(model_type: str, kv_heads: int) -> None:
     model = tiny_model(model_type, kv_heads=kv_heads).double()
-    twin = sparsity_of(copy.deepcopy(model), attention_unit="query_head")
-    oracle = MaskedAdamW(twin, learning_rate=3e-3, weight_decay=0.1)
-    optimizer = build_optimizer(model, learning_rate=3e-3, weight_decay=0.1)
-    sparsity = sparsity_of(
-        model, optimizer, attention_unit="query_head", total_steps=6, refresh_every=2
-    )
-    before = masks_of(sparsity)
-    for step in range(6):
-        batch = random_batch(step)
-        if sparsity.begin_step(step, batch):
-            oracle.wake(before, masks_of(sparsity))
-            before = masks_of(sparsity)
+
+    def look(step: int, sparsity: Sparsity) -> None:
         if step == 0:
             assert model.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
             assert model.model.layers[0].self_attn.k_proj.weight.shape == (8 * kv_heads, 32)
             per_group = sparsity.attention[0].awake_K // (4 // kv_heads)
             assert per_group.bincount().tolist() == [2 // kv_heads] * kv_heads
-        found = token_loss(model, batch)
-        (found.total / found.labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss = train_step(twin, oracle, batch, before)
-        assert float(found.total.detach()) / found.labels == pytest.approx(loss, rel=1e-10)
-    sparsity.wake_all()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=name)
+
+    ours, theirs = train_beside_the_reference(
+        model, steps=6, rel=1e-10, look=look, attention_unit="query_head"
+    )
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
 
 
 def test_sleepers_may_wait_in_host_memory() -> None:

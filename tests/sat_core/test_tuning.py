@@ -1,6 +1,5 @@
 """Adapters, gradient checkpointing, compiled layers, documents kept apart: each the same training, told otherwise."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from sat_core.checkpoint import merged_state_dict
 from sat_core.loss import token_loss
 from sat_core.model import compile_layers, with_adapters
 from sat_core.optim import build_optimizer
-from sat_core.reference import MaskedAdamW, masked_loss, masks_of, train_step
+from sat_core.reference import masked_loss, masks_of
 from sat_core.sparsity import Sparsity
+from tests.sat_core.beside import train_beside_the_reference
 from tests.sat_core.tiny import (
     prepare,
     random_batch,
@@ -51,30 +51,16 @@ def adapted(model_type: str, seed: int = 0) -> Any:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2", "phi3", "gpt_neox"])
 def test_adapters_are_sliced_with_their_units(model_type: str) -> None:
     model = adapted(model_type)
-    twin = sparsity_of(copy.deepcopy(model))
-    oracle = MaskedAdamW(twin, learning_rate=3e-3, weight_decay=0.1)
-    optimizer = build_optimizer(model, learning_rate=3e-3, weight_decay=0.1)
-    sparsity = sparsity_of(model, optimizer, metric="uniform", refresh_every=2, total_steps=6)
-    before = masks_of(sparsity)
-    for step in range(6):
-        batch = random_batch(step)
-        if sparsity.begin_step(step, batch):
-            oracle.wake(before, masks_of(sparsity))
-            before = masks_of(sparsity)
-        found = token_loss(model, batch)
-        (found.total / found.labels).backward()
-        if step == 0:
-            first_layer = [
-                p.grad.norm() for n, p in model.named_parameters() if ".0." in n and "lora_B" in n
-            ]
-            assert all(norm > 0 for norm in first_layer)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss = train_step(twin, oracle, batch, before)
-        assert float(found.total.detach()) / found.labels == pytest.approx(loss, rel=1e-9)
-    sparsity.wake_all()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=name)
+
+    def look(step: int, _: Sparsity) -> None:
+        first_layer = [
+            p.grad.norm() for n, p in model.named_parameters() if ".0." in n and "lora_B" in n
+        ]
+        assert step or all(norm > 0 for norm in first_layer)
+
+    ours, theirs = train_beside_the_reference(model, steps=6, rel=1e-9, look=look, metric="uniform")
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
