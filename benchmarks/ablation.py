@@ -171,7 +171,7 @@ def variant(name: str) -> Iterator[None]:
     rules: dict[str, tuple[Any, str, Any]] = {
         "clear": (SlicedBlock, "_move_moments", _clear_both),
         "keep": (SlicedBlock, "_move_moments", _keep_both),
-        "small probe": (step, "PROBE_DIVISOR", 4),
+        "small probe": (step, "PROBE_TOKENS", 256),
         "local": (Sparsity, "whole", property(lambda _: False)),
     }
     if not name:

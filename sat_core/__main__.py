@@ -75,6 +75,7 @@ def _run(command: str, folder: Path, events: EventLog, stopping: Callable[[], bo
 def _train(
     folder: Path, config: TrainConfig, events: EventLog, stopping: Callable[[], bool]
 ) -> int:
+    from sat_core import checkpoint
     from sat_core.parallel import Parallel
     from sat_core.step import is_out_of_memory
     from sat_core.trainer import Stopped, train
@@ -84,7 +85,8 @@ def _train(
         train(folder, config, events, stopping, parallel)
     except Stopped:
         parallel.leave()
-        step = max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*")), default=0)
+        saved = checkpoint.in_order(folder / "checkpoints")
+        step = checkpoint.step_of(saved[-1]) if saved else 0
         events.emit("stopped", step=step)
         return STOPPED
     except (RuntimeError, MemoryError) as error:

@@ -90,4 +90,4 @@ class SatCallback(TrainerCallback):
         narrow = [b for b in self.sparsity.blocks if b.num_awake < b.num_units]
         self._asleep_soon = [(block, block.awake_K) for block in narrow]
         for block in narrow:
-            block.refresh(torch.arange(block.num_units), self.sparsity.optimizer)
+            block.wake(self.sparsity.optimizer)

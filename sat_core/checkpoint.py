@@ -14,7 +14,6 @@ in optimizer/, whose files are opened only after each of them was found in the m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sat_core import sharding
+from sat_core.data.reading import sha256_of
 from sat_core.optim import plain, store
 from sat_core.plan.errors import PlanError
 
@@ -108,7 +108,7 @@ def _save_rest(
     (scratch / "state.json").write_text(json.dumps(state), "utf-8")
     files = sorted(p for p in scratch.rglob("*") if p.is_file())
     manifest = {
-        str(p.relative_to(scratch)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+        str(p.relative_to(scratch)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
         for p in files
     }
     (scratch / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), "utf-8")
@@ -118,10 +118,9 @@ def _save_rest(
 
 
 def save_dense(
-    folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, torch.Tensor] | None = None
+    folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, torch.Tensor]
 ) -> None:
     """Write the merged dense model and its tokenizer as a Hugging Face folder; `state` is its dense state dict."""
-    state = state or sparsity.dense_state_dict()
     if sparsity.core is not sparsity.model:
         state = merged_state_dict(sparsity, state)
     sparsity.core.save_pretrained(folder, state_dict=state)
@@ -162,7 +161,7 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "MANIFEST.json").read_text("utf-8"))
         for name, wanted in manifest.items():
             path = folder / name
-            if path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
+            if path.stat().st_size != wanted["bytes"] or sha256_of(path) != wanted["sha256"]:
                 raise CheckpointError(f"{folder.name}/{name} is not as it was written.")
         for path in folder.glob("optimizer/*"):
             if f"optimizer/{path.name}" not in manifest:
@@ -195,8 +194,8 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, wrong
 
 
-def restore(folder: Path, sparsity: Sparsity) -> None:
-    """Put moments, selection and random state back; the model was loaded from `folder`/model, dense.
+def restore(folder: Path, sparsity: Sparsity) -> dict[str, Any]:
+    """Put moments, selection and random state back; the saved state. The model was loaded from `folder`/model, dense.
 
     The folder must have passed `verify`. Ranks that share the layers read what one process wrote, and the other way round.
     """
@@ -208,9 +207,9 @@ def restore(folder: Path, sparsity: Sparsity) -> None:
     for name, registered in sparsity.model.named_parameters():
         if f"{name}.step" in moments:
             parameter = sliced[name][1].parameter if name in sliced else registered
-            state = {key: moments[f"{name}.{key}"].to(parameter.device) for key in _KEYS}
-            store(optimizer, parameter, state)
-            optimizer.state[parameter] = state
+            kept = {key: moments[f"{name}.{key}"].to(parameter.device) for key in _KEYS}
+            store(optimizer, parameter, kept)
+            optimizer.state[parameter] = kept
     if (folder / "adapters.safetensors").exists():
         sparsity.model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
     selection = load_file(folder / "selection.safetensors")
@@ -222,11 +221,12 @@ def restore(folder: Path, sparsity: Sparsity) -> None:
             block.score_U = selection[f"{name}.score"].to(device)
         if f"{name}.bias" in selection:
             sparsity.bias[id(block)] = selection[f"{name}.bias"].to(device)
-    state = json.loads((folder / "state.json").read_text("utf-8"))
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
     sparsity.share, sparsity.cap = state["share"], state["cap"]
     torch.set_rng_state(selection["rng"])
     if "rng_cuda" in selection:
         torch.cuda.set_rng_state(selection["rng_cuda"])
+    return state
 
 
 def _sliced(sparsity: Sparsity) -> dict[str, tuple[SlicedBlock, SlicedParameter]]:
@@ -294,11 +294,6 @@ def _selection(sparsity: Sparsity) -> dict[str, torch.Tensor]:
         if (bias := sparsity.bias.get(id(block))) is not None:
             tensors[f"{name}.bias"] = bias
     return tensors
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -227,18 +227,13 @@ def sample(
 
 
 def _generate(sparsity: Sparsity, ids_BT: Tensor, **settings: Any) -> Tensor:
-    model = sparsity.model
-    model.eval()
-    try:
-        with sparsity.dense_forward():
-            out: Tensor = model.generate(
-                input_ids=ids_BT,
-                attention_mask=torch.ones_like(ids_BT),
-                use_cache=True,
-                # Ranks that share the layers all take part until the last one has ended.
-                synced_gpus=not sparsity.whole,
-                **settings,
-            )
-    finally:
-        model.train()
+    with sparsity.dense_forward():
+        out: Tensor = sparsity.model.generate(
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            use_cache=True,
+            # Ranks that share the layers all take part until the last one has ended.
+            synced_gpus=not sparsity.whole,
+            **settings,
+        )
     return out

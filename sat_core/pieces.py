@@ -41,7 +41,7 @@ def weight_score(block: SlicedBlock, metric: str, *, seed: int, step: int) -> Te
         )
         return scores.to(block.awake_K.device)
     rows_out = out_rows(block)
-    rows = input_rows(block, rows_out.shape[1] * block.num_units // _num_inner(block))
+    rows = input_rows(block, rows_out.shape[1] // block.out.segments[0])
     scored = [importance.magnitude_rows(r).reshape(block.num_units, -1) for r in rows]
     return importance.joined(scored, block.kind) * importance.out_norm(rows_out, block.kind)
 
@@ -57,10 +57,6 @@ def effects(piece: Piece, gradient_TH: Tensor, block: SlicedBlock) -> Tensor:
 def out_rows(block: SlicedBlock) -> Tensor:
     """Output weights of the widened block, [U, values * H]."""
     return block.out.unit_rows(block.whole(block.out))[0]
-
-
-def _num_inner(block: SlicedBlock) -> int:
-    return block.num_units * block.out.segments[0]
 
 
 def input_rows(block: SlicedBlock, hidden: int) -> list[Tensor]:

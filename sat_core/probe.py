@@ -37,6 +37,7 @@ from sat_core.pieces import (
     out_rows,
     weight_score,
 )
+from sat_core.plan.config import GRADIENT_METRICS
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 ERROR_TOKENS = 512
 WEIGHT_METRICS = ("magnitude", "uniform")
-GRADIENT_METRICS = ("fisher", "taylor")
 
 Inputs = Batch | Mapping[str, Tensor]
 """A batch of ours, or keyword arguments of the model's forward, `labels` and `attention_mask` among them."""

@@ -45,11 +45,13 @@ class Counters:
 
 @dataclass
 class StepResult:
-    """Figures of one optimizer step; `loss` is the mean over labels, `grad_norm` before clipping.
+    """Figures of one optimizer step; `loss` is the mean over labels, `grad_norm` before clipping, rates as realised.
 
     `probed_loss` is the sparse loss of the sequences that the probe saw, where one ran in this step.
     """
 
+    mlp_rate: float
+    attention_rate: float
     loss: float
     token_accuracy: float
     grad_norm: float
@@ -59,23 +61,21 @@ class StepResult:
     probed_loss: float | None = None
 
 
-def count(counters: Counters, result: StepResult, sparsity: Sparsity, seconds: float) -> None:
+def count(counters: Counters, result: StepResult, seconds: float) -> None:
     """Add one finished step."""
-    mlp, attention = sparsity.realised_rates()
     counters.step += 1
     counters.tokens += result.tokens
     counters.flops += result.flops
     counters.dense_flops += result.dense_flops
     counters.seconds += seconds
-    counters.mlp_rate_sum += mlp
-    counters.attention_rate_sum += attention
+    counters.mlp_rate_sum += result.mlp_rate
+    counters.attention_rate_sum += result.attention_rate
 
 
 def metrics(
     config: TrainConfig, counters: Counters, sparsity: Sparsity, result: StepResult
 ) -> dict[str, Any]:
     """The fields of a step's `metrics` event that come from counting."""
-    mlp, attention = sparsity.realised_rates()
     shape = sparsity.shape
     return {
         "step": counters.step,
@@ -84,8 +84,8 @@ def metrics(
         "loss": result.loss,
         "token_accuracy": result.token_accuracy,
         "grad_norm": result.grad_norm,
-        "omission_rate_mlp": mlp,
-        "omission_rate_attention": attention,
+        "omission_rate_mlp": result.mlp_rate,
+        "omission_rate_attention": result.attention_rate,
         "awake_share": awake_parameters(shape, sparsity.widths) / shape.num_parameters,
         "flops": counters.flops,
     }

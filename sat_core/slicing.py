@@ -210,6 +210,10 @@ class SlicedBlock:
         self.awake_K = awake_K
         self.tell_width()
 
+    def wake(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """`refresh` with all units."""
+        self.refresh(torch.arange(self.num_units), optimizer)
+
     def dense(self, part: SlicedParameter) -> Tensor:
         """The full parameter, awake and asleep rows in their places; the parameter's own tensor while all are awake.
 

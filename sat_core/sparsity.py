@@ -27,6 +27,7 @@ from sat_core.pieces import probe_grid, weight_score
 from sat_core.plan.accounting import Widths
 from sat_core.plan.config import SatConfig
 from sat_core.plan.errors import ConfigError
+from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE, GPU_WIDTH_MULTIPLE
 from sat_core.probe import WEIGHT_METRICS, Inputs, Probe, Seen
 from sat_core.selection import select
 from sat_core.slicing import SlicedBlock
@@ -49,8 +50,7 @@ class Refresh:
         dense_loss: mean loss of the probe's batch on the dense model, nats; None where no probe ran.
         passes: forwards' worth of FLOPs that the probe spent on the batch.
         errors: (kind, layer) -> (omission rate, cost) pairs, where the rate was allotted by sensitivity.
-        changed: blocks whose units were chosen.
-        churn: by `id` of a block, share of its awake units that slept before.
+        churn: by `id` of each block that was chosen anew, share of its awake units that slept before.
     """
 
     share: float
@@ -58,7 +58,6 @@ class Refresh:
     dense_loss: float | None
     passes: int
     errors: dict[tuple[str, int], list[tuple[float, float]]]
-    changed: list[SlicedBlock]
     churn: dict[int, float]
 
 
@@ -96,7 +95,7 @@ class Sparsity:
         on_gpu = next(model.parameters()).is_cuda or (
             self.parallel.world > 1 and self.parallel.device != "cpu"
         )
-        self.multiple = config.multiple or (128 if on_gpu else 8)
+        self.multiple = config.multiple or (GPU_WIDTH_MULTIPLE if on_gpu else CPU_WIDTH_MULTIPLE)
         layers = range(self.shape.num_layers)
         self.mlp = [mlp_block(self.anatomy, i) for i in layers]
         self.attention = (
@@ -158,7 +157,6 @@ class Sparsity:
         if not self.config.sparse or not (stage_begins or due):
             return None
         if share == 0:
-            changed = [b for b in self.blocks if b.num_awake < b.num_units]
             self.wake_all()
             self.share = share
             return Refresh(
@@ -167,7 +165,6 @@ class Sparsity:
                 dense_loss=None,
                 passes=0,
                 errors={},
-                changed=changed,
                 churn={},
             )
         made = self.choose(step, inputs, share=share, allot_anew=stage_begins)
@@ -217,14 +214,13 @@ class Sparsity:
         }
         for block in self.blocks:
             if id(block) not in churn:
-                block.refresh(torch.arange(block.num_units), self.optimizer)
+                block.wake(self.optimizer)
         return Refresh(
             share=share,
             stage_begins=allot_anew,
             dense_loss=probe.loss,
             passes=probe.passes if probed else 0,
             errors={(b.kind, b.layer): curves[id(b)].rows() for b in chosen if by_errors},
-            changed=chosen,
             churn=churn,
         )
 
@@ -248,7 +244,7 @@ class Sparsity:
         """Back to the dense model."""
         for block in self.blocks:
             if block.num_awake < block.num_units:
-                block.refresh(torch.arange(block.num_units), self.optimizer)
+                block.wake(self.optimizer)
         self.bias.clear()
 
     def smoothed(self, block: SlicedBlock, score_U: Tensor) -> Tensor:

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from sat_core.sparsity import Refresh
 
 MAX_BAD_STEPS = 5
-# Share of a micro-batch that a probe sees, as a divisor; a quarter chose as well alone (docs/evidence/ablation.md), but ranks
-# must see together what one process sees.
-PROBE_DIVISOR = 1
 PROBE_TOKENS = 4096
 
 
@@ -71,8 +68,7 @@ class Stepper:
         started = time.perf_counter()
         try:
             batches = self._micro_batches()
-            rows, width = batches[0].input_ids_BT.shape
-            probe_rows = max(1, min(rows // PROBE_DIVISOR, PROBE_TOKENS // width))
+            probe_rows = max(1, PROBE_TOKENS // batches[0].input_ids_BT.shape[1])
             refresh = self._choose(batches[0].rows(0, probe_rows))
             choice_seconds = time.perf_counter() - started
             if refresh is not None and refresh.dense_loss is not None:
@@ -121,7 +117,7 @@ class Stepper:
         if refresh is not None:
             self._count_probe(refresh, result, first)
         seconds = time.perf_counter() - started
-        progress.count(counters, result, self.parts.sparsity, seconds)
+        progress.count(counters, result, seconds)
         if self._warm and result.flops == result.dense_flops:
             counters.dense_seconds += seconds
             counters.dense_steps += 1
@@ -164,7 +160,10 @@ class Stepper:
         sums = torch.tensor([sum(totals), correct], dtype=torch.float64)
         loss, accuracy = (parallel.sum(sums) / labels).tolist()
         tokens, flops, dense_flops = parallel.sum(self._counted(batches, sum(per_batch))).tolist()
+        mlp_rate, attention_rate = parts.sparsity.realised_rates()
         return StepResult(
+            mlp_rate=mlp_rate,
+            attention_rate=attention_rate,
             loss=loss,
             token_accuracy=accuracy,
             grad_norm=norm,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sat_core.events import EventLog
     from sat_core.parallel import Parallel
     from sat_core.plan.config import TrainConfig
+    from sat_core.sparsity import Refresh
     from sat_core.step import Made
 
 
@@ -76,8 +77,7 @@ class Run:
             Renderer(self.parts.tokenizer)
         self.counters, measures = Counters(), Measures()
         if resume:
-            state = checkpoint.verify(resume)
-            checkpoint.restore(resume, self.sparsity)
+            state = checkpoint.restore(resume, self.sparsity)
             self.counters = Counters(**{k: state[k] for k in asdict(self.counters)})
             measures = Measures.from_dict(state["measures"])
         self.stepper = Stepper(self.parts, config, train, self.counters, events)
@@ -124,7 +124,7 @@ class Run:
     def _report(self, made: Made) -> None:
         self.last_loss = made.result.loss
         if made.refresh is not None:
-            self._report_selection(made)
+            self._report_selection(made, made.refresh)
         self.events.emit(
             "metrics",
             **progress.metrics(self.config, self.counters, self.sparsity, made.result),
@@ -134,10 +134,7 @@ class Run:
             step_seconds=made.seconds,
         )
 
-    def _report_selection(self, made: Made) -> None:
-        refresh = made.refresh
-        if refresh is None:
-            return
+    def _report_selection(self, made: Made, refresh: Refresh) -> None:
         sparse_loss = made.result.probed_loss if refresh.dense_loss is not None else None
         fields = progress.selection(refresh, self.sparsity, sparse_loss, made.choice_seconds)
         self.events.emit("selection", step=self.counters.step, **fields)
@@ -213,9 +210,8 @@ class Run:
         self.events.sync()
         for old in checkpoint.in_order(folder)[: -self.config.checkpoint_keep]:
             shutil.rmtree(old)
-            self.events.emit(
-                "checkpoint_deleted", step=int(old.name[5:]), path=f"checkpoints/{old.name}"
-            )
+            step = checkpoint.step_of(old)
+            self.events.emit("checkpoint_deleted", step=step, path=f"checkpoints/{old.name}")
 
     def _leave_if_asked(self) -> None:
         if not self.parallel.any(self.stopping()):

@@ -19,7 +19,6 @@ from sat_core.data.rendering import Rendered
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PACKINGS = ("auto", "none", "joined", "separate")
 TRAINED, FIRST = 1, 2
 # Sequences that wait for a row that fits; more fill them better, and hold rows back longer.
 OPEN_SEQUENCES = 32

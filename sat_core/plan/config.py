@@ -22,6 +22,8 @@ PREPARED_FORMAT = "satune.prepared/1"
 Metric = Literal[
     "activation", "fluctuation", "maxip", "wanda", "magnitude", "taylor", "fisher", "uniform"
 ]
+# Metrics that need the gradient of a loss; the others see a forward, or only the weights.
+GRADIENT_METRICS = ("fisher", "taylor")
 Selector = Literal["top_k", "sample", "mixed"]
 Allotment = Literal["sensitivity", "exempt", "uniform"]
 LadderType = Literal["ladder", "linear", "cosine"]
@@ -116,7 +118,7 @@ class TrainConfig:
     """One training run.
 
     `batch_size` counts sequences per optimizer step, over all micro-batches and ranks. `*_every` counts steps, 0 is off.
-    `model_path` is None for a model of the hub. `data` names the files behind the corpus for the model card.
+    `model_path` is None for a model of the hub.
     """
 
     model_name: str

@@ -88,6 +88,16 @@ def _separate_attention(out: str) -> tuple[Slice, ...]:
     )
 
 
+def _interleaved_attention(module: str) -> tuple[Slice, ...]:
+    """q, k and v of each KV group beside each other in one projection."""
+    name = f"{module}.query_key_value"
+    return (
+        Slice(name=f"{name}.weight", dim=0, segments=("qkv",)),
+        Slice(name=f"{name}.bias", dim=0, segments=("qkv",), optional=True),
+        Slice(name=f"{module}.dense.weight", dim=1, segments=("group",), out=True),
+    )
+
+
 _QUERIES = (
     Slice(name="self_attn.q_proj.weight", dim=0, segments=("query",)),
     Slice(name="self_attn.o_proj.weight", dim=1, segments=("query",), out=True),
@@ -161,11 +171,7 @@ FAMILIES = (
             Slice(name="mlp.dense_4h_to_h.weight", dim=1, out=True),
         ),
         attention_module="attention",
-        attention=(
-            Slice(name="attention.query_key_value.weight", dim=0, segments=("qkv",)),
-            Slice(name="attention.query_key_value.bias", dim=0, segments=("qkv",), optional=True),
-            Slice(name="attention.dense.weight", dim=1, segments=("group",), out=True),
-        ),
+        attention=_interleaved_attention("attention"),
         gated=False,
     ),
     Family(
@@ -194,16 +200,7 @@ FAMILIES = (
             Slice(name="mlp.dense_4h_to_h.weight", dim=1, out=True),
         ),
         attention_module="self_attention",
-        attention=(
-            Slice(name="self_attention.query_key_value.weight", dim=0, segments=("qkv",)),
-            Slice(
-                name="self_attention.query_key_value.bias",
-                dim=0,
-                segments=("qkv",),
-                optional=True,
-            ),
-            Slice(name="self_attention.dense.weight", dim=1, segments=("group",), out=True),
-        ),
+        attention=_interleaved_attention("self_attention"),
         attributes=(("num_heads", "heads"), ("num_kv_heads", "kv_heads")),
         keys={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
         gated=False,

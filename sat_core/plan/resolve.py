@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sat_core.plan.accounting import attention_units, run_flops_ratio
-from sat_core.plan.config import SatConfig, TrainConfig
+from sat_core.plan.config import GRADIENT_METRICS, SatConfig, TrainConfig
 from sat_core.plan.errors import ConfigError, DataError
 from sat_core.plan.families import family_of
+from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE
 
 if TYPE_CHECKING:
     from sat_core.plan.families import ModelShape
@@ -23,8 +24,6 @@ BASE_LEARNING_RATES = ((10e6, 1e-3), (100e6, 3e-4), (1e9, 5e-5), (10e9, 2e-5), (
 DEFAULT_MLP_RATE = 0.5
 WORTHWHILE_SPEEDUP = 1.15
 TOKENS_PER_MICRO_BATCH = 8192
-CPU_WIDTH_MULTIPLE = 8
-GRADIENT_METRICS = ("taylor", "fisher")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
+# Awake MLP channels are rounded to what the hardware multiplies in one piece.
+GPU_WIDTH_MULTIPLE, CPU_WIDTH_MULTIPLE = 128, 8
 MAX_LAYER_RATE = 0.9375
 WSD_DECAY_SHARE = 0.2
 
@@ -27,11 +29,6 @@ class Phase:
     last_step: int
     share: float
     state: str
-
-    @property
-    def num_steps(self) -> int:
-        """Length in optimizer steps."""
-        return self.last_step - self.first_step + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +117,8 @@ def layer_rates(mean_rate: float, num_layers: int, allotment: str) -> tuple[floa
     """Omission rate of each layer, their mean being `mean_rate`.
 
     `uniform` is the same everywhere; `sensitivity` is planned so, for it is allotted by measurement when a stage of the
-    ladder begins (`sat_core.allotment`) and keeps the mean. `exempt` keeps the first and the last max(1, layers // 16) dense and lets the
-    others give more, up to 15/16; what they cannot give falls back on the exempt ones.
+    ladder begins (`sat_core.allotment`) and keeps the mean. `exempt` keeps the first and the last max(1, layers // 16)
+    dense and lets the others give more, up to 15/16; what they cannot give falls back on the exempt ones.
     """
     exempt = max(1, num_layers // 16)
     inner = num_layers - 2 * exempt
