@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from sat_core.sparsity import Refresh
 
 MAX_BAD_STEPS = 5
-PROBE_TOKENS = 4096
+# What the probes of a whole ladder may see of a run, within bounds for one probe in tokens: 256 chose as well as 1,024
+# (docs/evidence/ablation.md).
+PROBE_SHARE = 0.01
+MIN_PROBE_TOKENS, MAX_PROBE_TOKENS = 256, 4096
 
 
 class Made(NamedTuple):
@@ -68,7 +71,7 @@ class Stepper:
         started = time.perf_counter()
         try:
             batches = self._micro_batches()
-            probe_rows = max(1, PROBE_TOKENS // batches[0].input_ids_BT.shape[1])
+            probe_rows = self._probe_rows(batches[0].input_ids_BT.shape[1])
             refresh = self._choose(batches[0].rows(0, probe_rows))
             choice_seconds = time.perf_counter() - started
             if refresh is not None and refresh.dense_loss is not None:
@@ -83,6 +86,14 @@ class Stepper:
         # Out here the failed forward's frames, and with them its activations, are gone.
         self._halve_micro_batch(lack)
         return None
+
+    def _probe_rows(self, width: int) -> int:
+        """Sequences of this rank that a probe looks at; all ranks together see what one process sees."""
+        config, parallel = self.config, self.parts.parallel
+        stages = sum(phase.share > 0 for phase in config.sat.ladder.phases())
+        rows = PROBE_SHARE * config.total_steps * config.batch_size / max(1, stages)
+        fewest, most = MIN_PROBE_TOKENS / width, MAX_PROBE_TOKENS // width
+        return max(1, round(max(fewest, min(rows, most)) / parallel.world))
 
     def _choose(self, batch: Batch) -> Refresh | None:
         """Who is awake; once a step, however often it is tried."""

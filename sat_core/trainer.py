@@ -83,7 +83,7 @@ class Run:
         self.stepper = Stepper(self.parts, config, train, self.counters, events)
         self.judge = Judge(self.parts, config, held, measures, events, chat=chat)
         self.last_loss: float | None = None
-        self._saved_step = 0
+        self._saved_step, self._state = 0, ""
 
     def train(self) -> None:
         """Run to the end, or until asked to stop.
@@ -95,18 +95,21 @@ class Run:
         if self.counters.step == 0:
             self._evaluate()
             self.judge.begin()
-        phase_state = ""
         while self.counters.step < self.config.total_steps:
             self._leave_if_asked()
-            state, words = self._phase()
-            if state != phase_state:
-                phase_state = state
-                self.events.state(state, f"Training {words}")
-            made = self.stepper.step()
-            if made is not None:
-                self._report(made)
-                self._after_step()
+            self.advance()
         self._finish()
+
+    def advance(self) -> None:
+        """Make one step and say what happened; no step is made where memory ran out and it is to be tried again."""
+        state, words = self._phase()
+        if state != self._state:
+            self._state = state
+            self.events.state(state, f"Training {words}")
+        made = self.stepper.step()
+        if made is not None:
+            self._report(made)
+            self._after_step()
 
     def _phase(self) -> tuple[str, str]:
         """Name and words of what the next step is part of; guards may have brought the ladder lower than planned."""

@@ -25,6 +25,13 @@ Metric = Literal[
 # Metrics that need the gradient of a loss; the others see a forward, or only the weights.
 GRADIENT_METRICS = ("fisher", "taylor")
 Selector = Literal["top_k", "sample", "mixed"]
+Preset = Literal["safe", "balanced", "fast"]
+# Omission rates of MLP channels and of KV groups.
+PRESETS: dict[Preset, tuple[float, float]] = {
+    "safe": (0.3, 0.0),
+    "balanced": (0.5, 0.0),
+    "fast": (0.65, 0.25),
+}
 Allotment = Literal["sensitivity", "exempt", "uniform"]
 LadderType = Literal["ladder", "linear", "cosine"]
 AttentionUnit = Literal["kv_group", "query_head"]

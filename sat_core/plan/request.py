@@ -22,6 +22,7 @@ from sat_core.plan.config import (
     AttentionUnit,
     LadderType,
     Metric,
+    Preset,
     Selector,
 )
 from sat_core.plan.errors import ConfigError
@@ -192,6 +193,9 @@ class SatSettings:
     mode: Literal["auto", "on", "off"] = setting(
         "auto",
         "auto is sparse where the plan promises at least 1.15x; an explicit omission rate means on.",
+    )
+    preset: Preset = setting(
+        "balanced", "Omission rates where none is given, from little to much time saved."
     )
     omission_rate: OmissionRate = field(default_factory=OmissionRate)
     schedule: Schedule = field(default_factory=Schedule)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sat_core.plan.accounting import attention_units, run_flops_ratio
-from sat_core.plan.config import GRADIENT_METRICS, SatConfig, TrainConfig
+from sat_core.plan.config import GRADIENT_METRICS, PRESETS, SatConfig, TrainConfig
 from sat_core.plan.errors import ConfigError, DataError
 from sat_core.plan.families import family_of
 from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sat_core.plan.request import RunRequest
 
 BASE_LEARNING_RATES = ((10e6, 1e-3), (100e6, 3e-4), (1e9, 5e-5), (10e9, 2e-5), (math.inf, 1e-5))
-DEFAULT_MLP_RATE = 0.5
 WORTHWHILE_SPEEDUP = 1.15
 TOKENS_PER_MICRO_BATCH = 8192
 
@@ -182,11 +181,15 @@ def _sat_config(
     asked = sat.omission_rate
     explicit = asked.mlp is not None or asked.attention is not None
     check_mode(request)
-    mlp = asked.mlp if asked.mlp is not None else 0.0 if explicit else DEFAULT_MLP_RATE
+    mlp, attention = (asked.mlp or 0.0, asked.attention or 0.0) if explicit else PRESETS[sat.preset]
+    if sat.mode == "off":
+        mlp = attention = 0.0
+    elif shape.whole_heads and not explicit:
+        attention = 0.0
     config = SatConfig(
         total_steps=steps,
-        mlp_rate=0.0 if sat.mode == "off" else mlp,
-        attention_rate=asked.attention or 0.0,
+        mlp_rate=mlp,
+        attention_rate=attention,
         pooled=asked.pooled,
         schedule=sat.schedule.type,
         dense_start=sat.schedule.dense_start,
@@ -203,7 +206,7 @@ def _sat_config(
     if sat.mode == "auto" and not explicit:
         ratio = run_flops_ratio(shape, config, multiple=CPU_WIDTH_MULTIPLE, seq_len=seq_len)
         if 1 / ratio < WORTHWHILE_SPEEDUP:
-            return dataclasses.replace(config, mlp_rate=0.0), [
+            return dataclasses.replace(config, mlp_rate=0.0, attention_rate=0.0), [
                 f"Trained dense: sparsity would bound the speed-up at {1 / ratio:.2f}x on this model. Set sat.mode to on to have it anyway."
             ]
     _refuse_impossible(config, shape)

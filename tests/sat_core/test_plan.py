@@ -15,6 +15,7 @@ from sat_core.plan.accounting import Cost, preview, run_flops_ratio, step_flops
 from sat_core.plan.config import SatConfig
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.request import RunRequest, sat_json_schema
+from sat_core.plan.resolve import resolve
 from sat_core.plan.schedule import Ladder, awake_units, layer_rates
 from tests.sat_core.tiny import random_batch, sparsity_of, tiny_model
 
@@ -148,6 +149,29 @@ def test_a_bad_setting_is_named_with_what_is_allowed(
         RunRequest.from_dict({"model": "m", **body})
     assert caught.value.param == param
     assert words in caught.value.message
+
+
+FIGURES = {"sequences": 100, "seq_len": 16, "longest": 16, "rows": 100, "packed": True, "format": "text"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sat", "rates"),
+    [
+        ({"mode": "on"}, (0.5, 0.0)),
+        ({"mode": "on", "preset": "safe"}, (0.3, 0.0)),
+        ({"mode": "on", "preset": "fast"}, (0.65, 0.25)),
+        ({"preset": "fast", "omission_rate": {"mlp": 0.4}}, (0.4, 0.0)),
+        ({"preset": "fast", "omission_rate": {"attention": 0.5}}, (0.0, 0.5)),
+        ({"mode": "off", "preset": "fast"}, (0.0, 0.0)),
+    ],
+)
+def test_a_preset_stands_where_no_rate_is_given(
+    sat: dict[str, object], rates: tuple[float, float]
+) -> None:
+    request = RunRequest.from_dict({"model": "m", "sat": sat})
+    shape = sparsity_of(tiny_model()).shape
+    made = resolve(request, shape, FIGURES, model_path=None, revision=None, corpus="c").config.sat
+    assert (made.mlp_rate, made.attention_rate) == rates
 
 
 def test_a_request_survives_its_json_form() -> None:
