@@ -19,7 +19,8 @@ from api.auth import session_secret
 from api.dashboard import pages
 from api.deps import Services
 from api.gate import Gate
-from api.routes import files, fine_tuning, health, models
+from api.limiter import Limiter
+from api.routes import files, fine_tuning, health, limits, models, organization, webhooks
 from api.uploads import PARTIAL
 from jobs.artifacts import Artifacts
 from jobs.db import make_engine
@@ -50,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             artifacts=artifacts,
             bell=bell,
             session_secret=session_secret(chosen.data_dir),
+            limiter=Limiter(chosen.broker_url),
         )
         yield
         engine.dispose()
@@ -66,7 +68,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.add_middleware(Gate, allowed_hosts=chosen.allowed_hosts)
     errors.install(app)
-    for router in (files.router, fine_tuning.router, models.router, health.router):
+    for router in (
+        files.router,
+        fine_tuning.router,
+        models.router,
+        organization.router,
+        limits.router,
+        webhooks.router,
+        health.router,
+    ):
         app.include_router(router)
     pages.install(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

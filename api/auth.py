@@ -1,6 +1,6 @@
 """Who asks: a bearer key on `/v1`, a signed session cookie on the dashboard. A router without either is a mistake.
 
-The cookie holds a project's name, signed, and never the key. It is HttpOnly and SameSite=Strict, and pages of other
+The cookie holds a key's id, signed, and never its secret; it ends with the key. It is HttpOnly and SameSite=Strict, and pages of other
 sites are refused before that (`api.gate`). The road not taken is to accept the cookie on `/v1`: then a link could act.
 """
 
@@ -12,13 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Header, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
 from api.deps import App, Services
 from api.errors import ApiError
+from jobs.audit import acting
 from jobs.spec import Key
+from jobs.tenants import ADMIN
 
 SESSION_SECONDS = 30 * 24 * 3600
 
@@ -27,10 +29,39 @@ _bearer = HTTPBearer(
 )
 
 
+# Path, scope to read, scope to write; the longest path that fits counts, and what is not named needs `admin`.
+SCOPES: tuple[tuple[str, str | None, str], ...] = (
+    ("/v1/files", "files", "files"),
+    ("/v1/uploads", "files", "files"),
+    ("/v1/fine_tuning", "jobs:read", "jobs:write"),
+    ("/v1/fine_tuning/estimates", "jobs:read", "jobs:read"),
+    ("/v1/exports", "models", "models"),
+    ("/v1/models", "models", "models"),
+    ("/v1/chat", "inference", "inference"),
+    ("/v1/sat", "jobs:read", "jobs:read"),
+    ("/v1/sat/limits", None, ADMIN),
+    ("/v1/webhook_endpoints", "jobs:read", "jobs:write"),
+    ("/v1/webhook_event_types", None, ADMIN),
+)
+READING = frozenset({"GET", "HEAD"})
+
+
+def scope_of(method: str, path: str) -> str | None:
+    """The scope that a request needs; None where any key will do."""
+    fitting = [entry for entry in SCOPES if f"{path}/".startswith(f"{entry[0]}/")]
+    if not fitting:
+        return ADMIN
+    _, read, write = max(fitting, key=lambda entry: len(entry[0]))
+    return read if method in READING else write
+
+
 def require_key(
-    app: App, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request,
+    app: App,
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    openai_project: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Key:
-    """The key in the Authorization header, or 401."""
+    """The key in the Authorization header, where it may do what is asked; else 401, 403 or 429."""
     key = app.store.authenticate(given.credentials) if given else None
     if key is None:
         what = "This API key is not valid." if given else "No API key was given."
@@ -38,7 +69,45 @@ def require_key(
             "invalid_api_key",
             f"{what} Send 'Authorization: Bearer KEY'; `satune up` prints the key and keeps it in connection.json.",
         )
+    try:
+        request.state.rate_headers = app.limiter.count(key)
+    except ApiError as refused:
+        if not _creates(request):
+            raise
+        # `api.once` answers with it, once it knows what was refused.
+        request.state.refused = refused
+    if openai_project is not None and openai_project != key.project:
+        raise ApiError(
+            "project_mismatch",
+            f"The header OpenAI-Project says {openai_project!r}, but this key belongs to {key.project!r}.",
+            "OpenAI-Project",
+        )
+    _need(key, scope_of(request.method, request.url.path))
+    _acts(request, "api_key", key)
     return key
+
+
+def _creates(request: Request) -> bool:
+    dependant = getattr(request.scope.get("route"), "dependant", None)
+    needed = dependant.dependencies if dependant is not None else ()
+    return any(getattr(needs.call, "creates", False) for needs in needed)
+
+
+def _need(key: Key, scope: str | None) -> None:
+    if scope is None or scope in key.scopes or ADMIN in key.scopes:
+        return
+    has = ", ".join(sorted(key.scopes)) or "none"
+    raise ApiError(
+        "insufficient_scope", f"This needs a key with scope {scope}; this one has: {has}."
+    )
+
+
+def _acts(request: Request, kind: str, key: Key) -> None:
+    """Say who acts, for the audit rows of what this request changes."""
+    actor = acting.get()
+    if actor is not None:
+        actor.kind, actor.key_id = kind, key.id
+        actor.operation = getattr(request.scope.get("route"), "operation_id", None) or ""
 
 
 class SignInNeededError(Exception):
@@ -46,20 +115,25 @@ class SignInNeededError(Exception):
 
 
 def require_session(request: Request, app: App) -> str:
-    """The project of the session cookie."""
+    """The project of the session, which lives no longer and may do no more than the key it was begun with."""
     token = request.cookies.get(cookie_name(app), "")
     try:
-        project = _signer(app).loads(token, max_age=SESSION_SECONDS)
+        key_id = _signer(app).loads(token, max_age=SESSION_SECONDS)
     except BadSignature as error:
         raise SignInNeededError from error
-    return str(project)
+    key = app.store.key_of_session(str(key_id))
+    if key is None:
+        raise SignInNeededError
+    _need(key, "jobs:read" if request.method in READING else "jobs:write")
+    _acts(request, "session", key)
+    return key.project
 
 
 def start_session(response: Response, app: Services, key: Key) -> None:
-    """Set the session cookie for the key's project."""
+    """Set the session cookie of a key."""
     response.set_cookie(
         cookie_name(app),
-        _signer(app).dumps(key.project),
+        _signer(app).dumps(key.id),
         max_age=SESSION_SECONDS,
         httponly=True,
         samesite="strict",

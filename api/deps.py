@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from api.limiter import Limiter
 from jobs.artifacts import Artifacts
 from jobs.errors import NotFound
 from jobs.queue import Bell
@@ -22,6 +23,7 @@ class Services:
     artifacts: Artifacts
     bell: Bell
     session_secret: str
+    limiter: Limiter
 
     def model_path(self, project: str, name: str) -> Path | None:
         """Folder of the result `name`, or None where it was deleted."""

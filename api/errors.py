@@ -46,26 +46,45 @@ ERRORS: dict[str, ErrorSpec] = {
     "dataset_invalid": ErrorSpec(400, "The data set is not usable"),
     "unsupported_purpose": ErrorSpec(400, "The purpose is not supported"),
     "invalid_cursor": ErrorSpec(400, "The cursor names nothing in this list"),
+    "url_not_allowed": ErrorSpec(400, "Webhooks are not sent there"),
+    "webhook_unreachable": ErrorSpec(400, "The webhook's receiver did not answer"),
     "invalid_host": ErrorSpec(400, "The host name is not served here"),
     "invalid_api_key": ErrorSpec(
         401, "The API key is missing or not valid", "authentication_error"
+    ),
+    "insufficient_scope": ErrorSpec(
+        403, "The API key lacks a scope that this needs", "permission_error"
+    ),
+    "project_mismatch": ErrorSpec(
+        403, "The API key belongs to another project", "permission_error"
     ),
     "cross_site_request": ErrorSpec(403, "The request comes from another site", "permission_error"),
     "not_found": ErrorSpec(404, "No such path"),
     "job_not_found": ErrorSpec(404, "No such job"),
     "file_not_found": ErrorSpec(404, "No such file"),
     "model_not_found": ErrorSpec(404, "No such model"),
+    "project_not_found": ErrorSpec(404, "No such project"),
+    "service_account_not_found": ErrorSpec(404, "No such service account"),
+    "api_key_not_found": ErrorSpec(404, "No such API key"),
+    "webhook_endpoint_not_found": ErrorSpec(404, "No such webhook endpoint"),
+    "webhook_delivery_not_found": ErrorSpec(404, "No such webhook delivery"),
     "method_not_allowed": ErrorSpec(405, "The method is not allowed here"),
     "job_terminal": ErrorSpec(409, "The job has already ended"),
     "job_not_pausable": ErrorSpec(409, "The job cannot be paused or resumed now"),
     "file_in_use": ErrorSpec(409, "Jobs still need the file"),
     "model_not_deletable": ErrorSpec(409, "The model cannot be deleted here"),
+    "last_admin_key": ErrorSpec(409, "A lasting key with scope admin must remain"),
+    "project_not_archivable": ErrorSpec(409, "The project must stay"),
+    "idempotency_in_progress": ErrorSpec(409, "The same request is still being answered"),
     "result_not_ready": ErrorSpec(409, "The job has no result"),
     "file_too_large": ErrorSpec(413, "The file is too large"),
     "request_too_large": ErrorSpec(413, "The request is too large"),
     "unsupported_media_type": ErrorSpec(415, "The content type is not supported"),
     "range_not_satisfiable": ErrorSpec(416, "The range lies outside the file"),
     "idempotency_key_reused": ErrorSpec(422, "The idempotency key was used with another body"),
+    "rate_limited": ErrorSpec(429, "Too many requests", "rate_limit_error"),
+    "queue_quota_exceeded": ErrorSpec(429, "Too many jobs wait", "rate_limit_error"),
+    "storage_quota_exceeded": ErrorSpec(429, "The storage is full", "rate_limit_error"),
     "internal_error": ErrorSpec(500, "The service has failed", "server_error"),
     "not_ready": ErrorSpec(503, "The service is not ready", "server_error"),
 }
@@ -78,6 +97,11 @@ _BY_STATUS = {
     413: "request_too_large",
     415: "unsupported_media_type",
     416: "range_not_satisfiable",
+}
+
+_QUOTA_CODES = {
+    "queued_jobs": "queue_quota_exceeded",
+    "storage_bytes": "storage_quota_exceeded",
 }
 
 
@@ -136,7 +160,7 @@ def error_response(error: ApiError, request_id: str) -> JSONResponse:
     """The answer; a conflict says that trying again is useless, since OpenAI's clients retry 409 by default."""
     status = ERRORS[error.code].status
     headers = {"x-request-id": request_id, **error.headers}
-    if status == 409:
+    if status == 409 and error.code != "idempotency_in_progress":
         headers[RETRY_NOT] = "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -167,6 +191,23 @@ def translate(error: Exception) -> ApiError:
             return ApiError("file_in_use", str(error), "file_id")
         case store_errors.IdempotencyMismatch():
             return ApiError("idempotency_key_reused", str(error), "Idempotency-Key")
+        case store_errors.InProgress():
+            return ApiError(
+                "idempotency_in_progress",
+                f"{error}; send it again in a moment.",
+                headers={"retry-after": "1"},
+            )
+        case store_errors.QuotaExceeded():
+            # Nobody knows when there is room again, so clients are told not to wait for it.
+            return ApiError(
+                _QUOTA_CODES[error.quota],
+                f"{error}.",
+                headers={"retry-after": "600", RETRY_NOT: "false"},
+            )
+        case store_errors.LastAdminKey():
+            return ApiError("last_admin_key", f"{error}.")
+        case store_errors.NotArchivable():
+            return ApiError("project_not_archivable", f"{error}.")
         case store_errors.JobTerminal():
             return ApiError("job_terminal", str(error))
         case store_errors.JobNotPausable():

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ApiError, error_response
+from jobs.audit import Actor, acting
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 # No inline script, no inline style, nothing from elsewhere: the dashboard works where there is no network.
@@ -39,12 +40,16 @@ class Gate:
             await self.app(scope, receive, send)
             return
         request_id = "req_" + secrets.token_hex(12)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        acting.set(Actor(request_id=request_id))
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                for name, value in state.get("rate_headers", {}).items():
+                    headers[name] = value
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)

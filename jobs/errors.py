@@ -5,7 +5,11 @@
     ├── InvalidCursor (ValueError)          `after` names nothing in this list
     ├── InvalidModelName (ValueError)       a model name that could leave its root
     ├── FileInUse (ValueError)              jobs that have not ended need the file; `.job_ids`
-    ├── IdempotencyMismatch (ValueError)    the key was used with another body; `.job_id`
+    ├── IdempotencyMismatch (ValueError)    the key was used with another body
+    ├── InProgress (RuntimeError)           an equal request is being answered
+    ├── QuotaExceeded (ValueError)          the project is at a limit; `.quota`
+    ├── LastAdminKey (ValueError)           without this key nobody could administer the service
+    ├── NotArchivable (ValueError)          the project must stay
     ├── JobTerminal (ValueError)            the job has ended; `.status`
     ├── JobNotPausable (ValueError)         pause or resume from a state that does not allow it; `.status`
     ├── LeaseLost (RuntimeError)            another attempt owns the job: stand down, write nothing
@@ -28,7 +32,7 @@ class NotFound(JobsError, LookupError):
 
     @classmethod
     def of(cls, kind: str, ident: str) -> NotFound:
-        """`kind` is one of file, job, model, checkpoint."""
+        """`kind` names what was looked for: file, job, model, checkpoint, project, key, ...."""
         error = cls(f"No such {kind}: {ident}")
         error.kind = kind
         return error
@@ -51,7 +55,30 @@ class FileInUse(JobsError, ValueError):
 class IdempotencyMismatch(JobsError, ValueError):
     """The idempotency key was used with another body."""
 
-    job_id: str = ""
+
+class InProgress(JobsError, RuntimeError):
+    """An equal request is being answered; ask again in a moment."""
+
+
+class QuotaExceeded(JobsError, ValueError):
+    """The project is at one of its limits."""
+
+    quota: str = ""
+
+    @classmethod
+    def of(cls, quota: str, message: str) -> QuotaExceeded:
+        """`quota` is queued_jobs or storage_bytes."""
+        error = cls(message)
+        error.quota = quota
+        return error
+
+
+class LastAdminKey(JobsError, ValueError):
+    """Without this key nobody could administer the service."""
+
+
+class NotArchivable(JobsError, ValueError):
+    """The project must stay."""
 
 
 class JobTerminal(JobsError, ValueError):

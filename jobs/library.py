@@ -1,63 +1,35 @@
-"""Keys, files and models: rows that have no life of their own."""
+"""Files and models: rows that have no life of their own."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from typing import Any
 
 from sqlalchemy import select
 
 from jobs.errors import FileInUse, InvalidCursor, NotFound
-from jobs.models import FileRow, JobRow, KeyRow, ModelRow
-from jobs.spec import FileRecord, Key, ModelRecord, NewFile, Page, new_id
+from jobs.models import FileRow, JobRow, ModelRow
+from jobs.quotas import take_storage
+from jobs.receipts import Receipt, keep
+from jobs.spec import FileRecord, ModelRecord, NewFile, Page
 from jobs.states import ACTIVE
 from jobs.transactions import Transactions
 
-# A key's use is noted at most this often, so that polling does not write.
-LAST_USED_SECONDS = 60
-
 
 class Library(Transactions):
-    """Keys, files and models of the store."""
+    """Files and models of the store."""
 
-    def ensure_key(self, secret: str, *, name: str, project: str = "default") -> None:
-        """Make `secret` valid for `project`; only its hash is kept (256 random bits need no slow hash)."""
+    def add_file(self, project: str, file: NewFile, receipt: Receipt | None = None) -> FileRecord:
+        """Register an upload whose bytes lie in the data folder. Raises QuotaExceeded, InProgress."""
         with self.writing() as session:
-            digest = _digest(secret)
-            if session.scalar(select(KeyRow).where(KeyRow.secret_sha256 == digest)) is None:
-                row = KeyRow(
-                    id=new_id("key_"),
-                    project=project,
-                    name=name,
-                    secret_sha256=digest,
-                    created_at=time.time(),
-                )
-                session.add(row)
-
-    def authenticate(self, secret: str) -> Key | None:
-        """The key whose secret this is."""
-        query = select(KeyRow).where(KeyRow.secret_sha256 == _digest(secret))
-        with self.reading() as session:
-            row = session.scalar(query)
-            if row is None:
-                return None
-            key, last = Key(id=row.id, project=row.project, name=row.name), row.last_used_at
-        if last is None or time.time() - last > LAST_USED_SECONDS:
-            with self.writing() as session:
-                row = session.scalar(query)
-                if row is not None:
-                    row.last_used_at = time.time()
-        return key
-
-    def add_file(self, project: str, file: NewFile) -> FileRecord:
-        """Register an upload whose bytes lie in the data folder."""
-        with self.writing() as session:
+            take_storage(session, project, file.bytes)
             row = FileRow(project=project, created_at=time.time(), **dataclasses.asdict(file))
             session.add(row)
             session.flush()
-            return _file(row)
+            record = _file(row)
+            keep(session, receipt, record)
+            return record
 
     def get_file(self, project: str, file_id: str) -> FileRecord:
         """One file. Raises NotFound."""
@@ -123,10 +95,6 @@ class Library(Transactions):
         """Forget a result; its folder is the caller's to remove. Raises NotFound."""
         with self.writing() as session:
             session.delete(_find_model(session, project, name))
-
-
-def _digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def _files_of(training: str, validation: str | None, request: dict[str, Any]) -> set[str | None]:

@@ -6,6 +6,7 @@ The road not taken is a settings file: twelve variables do not need one, and con
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,11 @@ class Settings(BaseSettings):
     )
     max_file_bytes: int = Field(512 * MIB, ge=1, description="Largest upload.")
 
+    webhook_networks: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Private networks that webhooks may be sent to, as 10.0.0.0/8, comma-separated.",
+    )
+
     lease_seconds: float = Field(
         15, gt=0, description="A heartbeat that stands still this long is a lost worker."
     )
@@ -72,11 +78,18 @@ class Settings(BaseSettings):
     def _split_paths(cls, value: Any) -> Any:
         return tuple(p for p in value.split(os.pathsep) if p) if isinstance(value, str) else value
 
-    @field_validator("allowed_hosts", mode="before")
+    @field_validator("allowed_hosts", "webhook_networks", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return tuple(host.strip() for host in value.split(",") if host.strip())
+            return tuple(item.strip() for item in value.split(",") if item.strip())
+        return value
+
+    @field_validator("webhook_networks", mode="after")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            ipaddress.ip_network(network)
         return value
 
     @field_validator("data_dir", mode="after")

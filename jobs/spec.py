@@ -22,11 +22,116 @@ def new_id(prefix: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """A valid API key."""
+    """A valid API key, and what its project may ask for in a minute."""
 
     id: str
     project: str
     name: str
+    scopes: frozenset[str]
+    requests_per_minute: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a project may have at once; None is no limit."""
+
+    queued_jobs: int | None = None
+    running_jobs: int | None = None
+    storage_bytes: int | None = None
+    requests_per_minute: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a project has now."""
+
+    queued_jobs: int
+    running_jobs: int
+    storage_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectRecord:
+    """A tenant."""
+
+    id: str
+    name: str
+    created_at: float
+    archived_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceAccountRecord:
+    """A name that keys are made for."""
+
+    id: str
+    project: str
+    name: str
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyRecord:
+    """An API key as its administrators see it; the secret is known to its owner alone."""
+
+    id: str
+    project: str
+    name: str
+    hint: str
+    scopes: list[str]
+    service_account: str | None
+    created_at: float
+    last_used_at: float | None
+    expires_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """Who changed what."""
+
+    id: str
+    project: str
+    created_at: float
+    type: str
+    target: str
+    changed: list[str]
+    actor: str
+    key_id: str | None
+    operation: str
+    request_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookRecord:
+    """An address that is told of events."""
+
+    id: str
+    project: str
+    name: str
+    url: str
+    event_types: list[str]
+    secret: str = field(repr=False)
+    created_at: float
+    updated_at: float
+    disabled_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveryRecord:
+    """An event on its way to one address; `status` is pending, delivered or failed."""
+
+    id: str
+    endpoint_id: str
+    event_id: str
+    event_type: str
+    body: str
+    created_at: float
+    status: str
+    tries: int
+    next_at: float
+    tried_at: float | None
+    response_status: int | None
+    error: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

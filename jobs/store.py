@@ -12,43 +12,35 @@ import time
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs.errors import IdempotencyMismatch, JobTerminal, LeaseLost
+from jobs.errors import JobTerminal, LeaseLost
 from jobs.library import Library, record_of
-from jobs.models import AttemptRow, CheckpointRow, IdempotencyRow, JobRow, ModelRow
+from jobs.models import AttemptRow, CheckpointRow, JobRow, ModelRow
+from jobs.quotas import in_turn, may_start, take_queue_place
 from jobs.reads import Reads, find_job, job_record
+from jobs.receipts import Receipt, Receipts, keep
 from jobs.recording import add_event, apply
 from jobs.roster import Roster
 from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewJob, new_id
 from jobs.states import HELD, TERMINAL, WAITING, Desired, Stage, Status, allowed
+from jobs.tenants import Tenants
+from jobs.webhooks import Webhooks
 
 
-class Store(Library, Reads, Roster):
+class Store(Library, Reads, Roster, Tenants, Receipts, Webhooks):
     """The job store. One method is one transaction."""
 
-    def create_job(
-        self, project: str, new: NewJob, idempotency: tuple[str, str] | None = None
-    ) -> tuple[JobRecord, bool]:
-        """Accept a job; (job, whether it existed already under this idempotency key).
+    def create_job(self, project: str, new: NewJob, receipt: Receipt | None = None) -> JobRecord:
+        """Accept a job.
 
         Raises:
-            IdempotencyMismatch: where the key was used with another fingerprint.
+            QuotaExceeded: the project has too many jobs waiting.
+            InProgress: the receipt was taken over by another attempt.
         """
-        try:
-            return self._create(project, new, idempotency)
-        except IntegrityError:
-            # Another request with the same key committed between our look and our insert.
-            return self._create(project, new, idempotency)
-
-    def _create(
-        self, project: str, new: NewJob, idempotency: tuple[str, str] | None
-    ) -> tuple[JobRecord, bool]:
         now = time.time()
         with self.writing() as session:
-            if idempotency and (earlier := _replayed(session, project, *idempotency)):
-                return job_record(find_job(session, project, earlier)), True
+            take_queue_place(session, project)
             row = JobRow(
                 id=new_id("ftjob-"),
                 project=project,
@@ -68,22 +60,13 @@ class Store(Library, Reads, Roster):
             )
             session.add(row)
             session.flush()
-            if idempotency:
-                key, fingerprint = idempotency
-                session.add(
-                    IdempotencyRow(
-                        project=project,
-                        key=key,
-                        fingerprint=fingerprint,
-                        job_id=row.id,
-                        created_at=now,
-                    )
-                )
             add_event(
                 session, row.id, "Job accepted", data={"state": row.detail_state}, created_at=now
             )
             session.flush()
-            return job_record(row), False
+            record = job_record(row)
+            keep(session, receipt, record)
+            return record
 
     def cancel_job(self, project: str, job_id: str) -> JobRecord:
         """Cancel at once where nobody works on it, else ask its owner; cancelled stays cancelled.
@@ -107,7 +90,7 @@ class Store(Library, Reads, Roster):
             return job_record(row)
 
     def claim(self, worker_id: str, stage: Stage) -> Claim | None:
-        """Take the oldest waiting job of a stage; None where there is none."""
+        """Take the waiting job whose project holds least, the oldest of those; None where there is none."""
         now = time.time()
         waiting = (
             JobRow.status == WAITING[stage],
@@ -115,14 +98,12 @@ class Store(Library, Reads, Roster):
             JobRow.desired == Desired.RUN,
         )
         with self.writing() as session:
-            query = (
-                select(JobRow)
-                .where(*waiting, JobRow.not_before <= now)
-                .order_by(JobRow.seq)
-                .limit(1)
+            query = in_turn(select(JobRow).where(*waiting, JobRow.not_before <= now), stage).limit(
+                1
             )
-            row = session.scalar(query.with_for_update(skip_locked=True))
-            if row is None:
+            row = session.scalar(query.with_for_update(of=JobRow, skip_locked=True))
+            # The limit was read before the row was locked: two workers may have read the same.
+            if row is None or not may_start(session, row.project, stage):
                 return None
             row.owner, row.attempt, row.heartbeat_seq = worker_id, row.attempt + 1, 0
             _move(row, HELD[stage])
@@ -321,19 +302,6 @@ class Store(Library, Reads, Roster):
     def _end_attempt(self, session: Session, claim: Claim, outcome: str) -> None:
         attempt = session.get_one(AttemptRow, (claim.job_id, claim.attempt))
         attempt.ended_at, attempt.outcome = time.time(), outcome
-
-
-def _replayed(session: Session, project: str, key: str, fingerprint: str) -> str | None:
-    row = session.get(IdempotencyRow, (project, key))
-    if row is None:
-        return None
-    if row.fingerprint != fingerprint:
-        error = IdempotencyMismatch(
-            f"Idempotency key {key!r} was used for {row.job_id} with another body"
-        )
-        error.job_id = row.job_id
-        raise error
-    return row.job_id
 
 
 def _move(row: JobRow, target: Status) -> None:

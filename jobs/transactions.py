@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
+from jobs.audit import write_audit
 from jobs.db import writer
 from jobs.errors import StoreUnavailable
+from jobs.outbox import write_deliveries
+
+
+class _WritingSession(Session):
+    """A session whose flushes leave audit rows and webhook deliveries beside what they write."""
+
+
+event.listen(_WritingSession, "before_flush", write_audit)
+event.listen(_WritingSession, "before_flush", write_deliveries)
 
 
 class Transactions:
@@ -28,7 +38,7 @@ class Transactions:
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """A transaction that commits at the end of the block, or leaves nothing. Raises StoreUnavailable."""
-        with _translated(), Session(self._writer) as session, session.begin():
+        with _translated(), _WritingSession(self._writer) as session, session.begin():
             yield session
 
     def ping(self) -> None:

@@ -1,4 +1,4 @@
-"""Everything one worker does on one host: look for jobs, run them in slots, and look after the jobs of others.
+"""Everything one worker does on one host: look for jobs, run them in slots, look after the jobs of others, and send webhooks.
 
 Looking is cheap and harmless in any number, so it happens at every bell and, because bells may be lost, every few seconds
 besides: a job starts within one sweep even where no message ever arrives.
@@ -20,6 +20,7 @@ from jobs.spec import Claim
 from jobs.states import Stage
 from jobs.store import Store
 from worker.child import CORE
+from worker.postman import Postman
 from worker.runner import Runner
 from worker.slots import Slot, Slots, count_gpus
 from worker.sweeper import Sweeper
@@ -38,6 +39,7 @@ class Host:
         self.slots = Slots(cpu_slots=settings.cpu_slots, gpus=count_gpus())
         self.stopping = threading.Event()
         self._sweeper = Sweeper(settings, store, bell)
+        self._postman = Postman(settings, store, self.stopping)
         self._runs: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._clock = threading.Thread(target=self._tick, name="sweeper", daemon=True)
@@ -48,6 +50,7 @@ class Host:
             "Worker %s with slots %s, data in %s", self.id, self.slots.total, self.settings.data_dir
         )
         self._clock.start()
+        self._postman.start()
 
     def stop(self) -> None:
         """Ask every child for a checkpoint, give the jobs back, wait for that."""

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
+from api import once
 from api.auth import Caller, require_key
 from api.deps import App, Services
 from api.errors import ApiError
@@ -15,7 +16,8 @@ from api.schemas.files import FileObject
 from api.schemas.lists import After, Deleted, ListOf, Order
 from api.schemas.problems import answers
 from api.uploads import FORMATS, Received, keep, receiving, too_large
-from jobs.spec import NewFile, new_id
+from jobs.receipts import Receipt
+from jobs.spec import FileRecord, NewFile, new_id
 
 router = APIRouter(prefix="/v1/files", tags=["files"], dependencies=[Depends(require_key)])
 
@@ -54,9 +56,12 @@ FORM = {
         "missing_required_parameter",
         "file_too_large",
         "unsupported_media_type",
+        "storage_quota_exceeded",
+        *once.CODES,
     ),
+    response_model=FileObject,
 )
-async def create_file(request: Request, app: App, key: Caller) -> FileObject:
+async def create_file(request: Request, app: App, key: Caller, creating: once.Creating) -> Any:
     """Upload a data set; every row is checked while it arrives, and a file with a bad row is refused."""
     limit = app.settings.max_file_bytes
     length = request.headers.get("content-length", "")
@@ -72,10 +77,16 @@ async def create_file(request: Request, app: App, key: Caller) -> FileObject:
                 waiting.clear()
         await run_in_threadpool(upload.feed, bytes(waiting))
         received = await run_in_threadpool(upload.finish)
-        return await run_in_threadpool(_register, app, key.project, received)
+        sent = [received.sha256, received.filename, received.purpose, received.report.format]
+        return await creating.run(
+            once.fingerprint(sent),
+            lambda receipt: _register(app, key.project, received, receipt),
+            FileObject.of,
+            location=router.prefix,
+        )
 
 
-def _register(app: Services, project: str, received: Received) -> FileObject:
+def _register(app: Services, project: str, received: Received, receipt: Receipt) -> FileRecord:
     report = received.report
     if not report.ok:
         raise ApiError(
@@ -88,7 +99,7 @@ def _register(app: Services, project: str, received: Received) -> FileObject:
     target = app.artifacts.file(file_id)
     keep(received, target)
     try:
-        record = app.store.add_file(
+        return app.store.add_file(
             project,
             NewFile(
                 id=file_id,
@@ -100,11 +111,11 @@ def _register(app: Services, project: str, received: Received) -> FileObject:
                 rows=report.rows,
                 report=_verdict(received),
             ),
+            receipt,
         )
     except BaseException:
         target.unlink(missing_ok=True)
         raise
-    return FileObject.of(record)
 
 
 def _verdict(received: Received) -> dict[str, Any]:

@@ -1,18 +1,15 @@
 """`/v1/fine_tuning/jobs`: create, list, retrieve, cancel, events, checkpoints, metrics, result.
 
-A create is one transaction; the bell rings after it, off the request's path. OpenAI's clients send a POST again when
-its answer was lost and name no idempotency key, only `x-stainless-retry-count`: such a retry gets the job that the
-first try made, where an equal one is young enough.
+A create is one transaction; the bell rings after it, off the request's path. `api.once` makes sending it again safe.
 """
 
 import re
-import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from api import once
 from api.archive import archive_size, tar_stream
 from api.auth import Caller, require_key
 from api.deps import App, Services
@@ -21,6 +18,7 @@ from api.schemas.create import CreateJob, check, json_object, openapi_body
 from api.schemas.jobs import Checkpoint, FineTuningJob, JobEvent, JobMetrics, finite
 from api.schemas.lists import After, ListOf, Order
 from api.schemas.problems import answers
+from jobs.receipts import Receipt
 from jobs.spec import JobRecord, NewJob
 from jobs.states import Status
 
@@ -28,15 +26,13 @@ router = APIRouter(
     prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], dependencies=[Depends(require_key)]
 )
 
-# A client's time-out (10 minutes) and its back-off, with room.
-RETRY_WINDOW_SECONDS = 15 * 60
-RETRY_LOOKBACK_JOBS = 100
 JobLimit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post(
     "",
     operation_id="createFineTuningJob",
+    response_model=FineTuningJob,
     openapi_extra=openapi_body(),
     responses=answers(
         "invalid_value",
@@ -47,33 +43,28 @@ JobLimit = Annotated[int, Query(ge=1, le=100)]
         "unknown_model",
         "file_not_found",
         "request_too_large",
-        "idempotency_key_reused",
+        "queue_quota_exceeded",
+        *once.CODES,
     ),
 )
 async def create_job(
-    request: Request,
-    response: Response,
-    background: BackgroundTasks,
-    app: App,
-    key: Caller,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
-    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
-) -> FineTuningJob:
+    request: Request, background: BackgroundTasks, app: App, key: Caller, creating: once.Creating
+) -> Any:
     """Start a job. A key in `Idempotency-Key` makes sending it again safe."""
     create = check(await json_object(request))
-    job, replayed = await run_in_threadpool(
-        _create, app, key.project, create, idempotency_key, x_stainless_retry_count
+    response = await creating.run(
+        create.fingerprint,
+        lambda receipt: _create(app, key.project, create, receipt),
+        lambda job: FineTuningJob.of(job, app),
+        location=router.prefix,
     )
-    if replayed:
-        response.headers["Idempotent-Replayed"] = replayed
-    response.headers["Location"] = f"{router.prefix}/{job.id}"
+    # A response made by hand carries its own background.
     background.add_task(app.bell.ring)
-    return FineTuningJob.of(job, app)
+    response.background = background
+    return response
 
 
-def _create(
-    app: Services, project: str, create: CreateJob, idempotency_key: str | None, retry: int
-) -> tuple[JobRecord, str]:
+def _create(app: Services, project: str, create: CreateJob, receipt: Receipt) -> JobRecord:
     new = NewJob(
         request=create.run.to_dict(),
         model=create.run.model,
@@ -83,8 +74,6 @@ def _create(
         seed=create.run.seed,
         metadata=create.metadata,
     )
-    if retry > 0 and idempotency_key is None and (earlier := _earlier(app, project, new)):
-        return earlier, "inferred"
     for name in ("training_file", "validation_file"):
         file_id = getattr(new, name)
         if file_id is not None:
@@ -92,24 +81,7 @@ def _create(
     for i, entry in enumerate(create.run.sat.data.mix):
         _file_exists(app, project, entry.file, f"sat.data.mix.{i}.file")
     _model_exists(app, project, new.model)
-    idempotency = (idempotency_key, create.fingerprint) if idempotency_key else None
-    job, replayed = app.store.create_job(project, new, idempotency)
-    return job, "true" if replayed else ""
-
-
-def _earlier(app: Services, project: str, new: NewJob) -> JobRecord | None:
-    """The young job that an equal create made, newest first."""
-    since = time.time() - RETRY_WINDOW_SECONDS
-    page = app.store.list_jobs(project, after=None, limit=RETRY_LOOKBACK_JOBS)
-    names = ("request", "training_file", "validation_file", "suffix", "metadata")
-    return next(
-        (
-            job
-            for job in page.items
-            if job.created_at >= since and all(getattr(job, n) == getattr(new, n) for n in names)
-        ),
-        None,
-    )
+    return app.store.create_job(project, new, receipt)
 
 
 def _file_exists(app: Services, project: str, file_id: str, param: str) -> None:

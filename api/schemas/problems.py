@@ -29,7 +29,14 @@ class ErrorResponse(BaseModel):
     instance: str
 
 
-ALWAYS = ("invalid_api_key", "invalid_host", "internal_error")
+ALWAYS = (
+    "invalid_api_key",
+    "insufficient_scope",
+    "project_mismatch",
+    "rate_limited",
+    "invalid_host",
+    "internal_error",
+)
 
 
 def answers(*codes: str) -> dict[int | str, dict[str, Any]]:

@@ -32,7 +32,7 @@ def new_job(services: Services, suffix: str | None = None, project: str = "defau
     new = NewJob(
         request=request.to_dict(), model="local/tiny", training_file=file.id, suffix=suffix
     )
-    return services.store.create_job(project, new)[0].id
+    return services.store.create_job(project, new).id
 
 
 def config(total: int) -> TrainConfig:

@@ -62,7 +62,7 @@ def submit(settings: Settings, store: Store) -> str:
     ).to_dict()
     return store.create_job(
         "default", NewJob(request=request, model="local/tiny", training_file="file-1")
-    )[0].id
+    ).id
 
 
 def job_of(store: Store, job_id: str) -> JobRecord:

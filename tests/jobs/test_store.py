@@ -9,7 +9,6 @@ import pytest
 
 from jobs.errors import (
     FileInUse,
-    IdempotencyMismatch,
     InvalidCursor,
     JobTerminal,
     LeaseLost,
@@ -42,7 +41,7 @@ def add_job(store: Store, project: str = "default", **changes: Any) -> JobRecord
             **changes,
         }
     )
-    return store.create_job(project, new)[0]
+    return store.create_job(project, new)
 
 
 def claimed(store: Store, stage: Stage, worker: str = "w1") -> Claim:
@@ -157,26 +156,6 @@ def test_jobs_are_claimed_oldest_first(store: Store) -> None:
     ids = [add_job(store).id for _ in range(3)]
     assert [claimed(store, Stage.PREPARE).job_id for _ in range(3)] == ids
     assert store.claim("w", Stage.PREPARE) is None
-
-
-def test_the_same_key_makes_one_job(store: Store) -> None:
-    new = NewJob(request=RUN, model="m", training_file="f")
-    made: list[tuple[JobRecord, bool]] = []
-    threads = [
-        threading.Thread(
-            target=lambda: made.append(store.create_job("default", new, ("key", "print")))
-        )
-        for _ in range(6)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({job.id for job, _ in made}) == 1
-    assert sorted(replayed for _, replayed in made) == [False] + [True] * 5
-    with pytest.raises(IdempotencyMismatch, match="another body"):
-        store.create_job("default", new, ("key", "other"))
-    assert not store.create_job("elsewhere", new, ("key", "other"))[1]
 
 
 def test_cancelling_a_waiting_job_is_at_once(store: Store) -> None:

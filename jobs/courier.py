@@ -1,0 +1,158 @@
+"""Sending one webhook: signed by the Standard Webhooks scheme, and never to where the service itself lives.
+
+A URL is a user's, so it may name the database, the cloud's metadata service or another machine behind the firewall. The
+name is resolved here, every address is judged, and the connection goes to the very address that was judged, so that a
+name which resolves differently a moment later changes nothing; the certificate is still checked against the name. No
+redirect is followed, no proxy of the environment is used, little of the answer is read and none of it is kept. The road
+not taken is a check when the URL is registered: what a name resolves to is known only when it is used.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import httpx
+from standardwebhooks import Webhook
+
+TOTAL_SECONDS = 15.0
+READ_BYTES = 16 * 1024
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+# Prefixes whose last 32 bits are an IPv4 address that the packet ends at.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class UrlNotAllowedError(ValueError):
+    """The service does not send there; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one try; `error` is None where the receiver took it."""
+
+    status: int | None
+    error: str | None
+    retry_after_seconds: float = 0.0
+
+
+def check_url(url: str, networks: Sequence[str] = ()) -> None:
+    """Refuse what can never be sent to. Raises UrlNotAllowedError."""
+    host = _parsed(url).host
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return
+    _judge(address, networks)
+
+
+class Courier:
+    """Sends events; `networks` are private networks that are allowed all the same."""
+
+    def __init__(self, networks: Sequence[str] = ()) -> None:
+        self._networks = tuple(networks)
+        self._http = httpx.Client(
+            follow_redirects=False,
+            trust_env=False,
+            timeout=httpx.Timeout(10, connect=5, pool=5),
+            headers={"user-agent": "Satune-Webhooks/1"},
+        )
+
+    def send(self, url: str, secrets: Sequence[str], event_id: str, body: str) -> Outcome:
+        """One try; never raises for what the receiver does."""
+        try:
+            address = self._resolve(url)
+        except (UrlNotAllowedError, OSError) as error:
+            return Outcome(status=None, error=f"{error}"[:500])
+        try:
+            return self._post(url, address, _signed(secrets, event_id, body), body)
+        except httpx.HTTPError as error:
+            return Outcome(status=None, error=f"{type(error).__name__}: {error}"[:500])
+
+    def close(self) -> None:
+        """Give connections back."""
+        self._http.close()
+
+    def _post(self, url: str, address: Address, headers: dict[str, str], body: str) -> Outcome:
+        parsed = httpx.URL(url)
+        deadline, read = time.monotonic() + TOTAL_SECONDS, 0
+        host = parsed.netloc.decode("ascii").rpartition("@")[2]
+        with self._http.stream(
+            "POST",
+            parsed.copy_with(host=str(address)),
+            content=body.encode(),
+            headers={"host": host, "content-type": "application/json", **headers},
+            extensions={"sni_hostname": parsed.host},
+        ) as response:
+            for chunk in response.iter_raw():
+                read += len(chunk)
+                if read > READ_BYTES or time.monotonic() > deadline:
+                    break
+            status = response.status_code
+            if response.is_success:
+                return Outcome(status=status, error=None)
+            wait = response.headers.get("retry-after", "")
+            return Outcome(
+                status=status,
+                error=f"The receiver answered {status}",
+                retry_after_seconds=float(wait) if wait.isdigit() else 0.0,
+            )
+
+    def _resolve(self, url: str) -> Address:
+        """The address to connect to. One that is not allowed refuses them all."""
+        parsed = _parsed(url)
+        port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        found = socket.getaddrinfo(parsed.host, port, type=socket.SOCK_STREAM)
+        addresses = [ipaddress.ip_address(str(info[4][0]).partition("%")[0]) for info in found]
+        for address in addresses:
+            _judge(address, self._networks)
+        return addresses[0]
+
+
+def _parsed(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UrlNotAllowedError(f"{url!r} is not a URL: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UrlNotAllowedError(
+            f"{url!r} is not allowed; webhooks go to http:// and https:// URLs"
+        )
+    if parsed.userinfo:
+        raise UrlNotAllowedError("A webhook URL must not hold a name or password")
+    return parsed
+
+
+def _judge(address: Address, networks: Sequence[str]) -> None:
+    """Raises UrlNotAllowedError for what is not a public address, written in whichever way."""
+    meant = _meant(address)
+    for network in map(ipaddress.ip_network, networks):
+        if meant.version == network.version and meant in network:
+            return
+    if not meant.is_global or meant.is_multicast or meant.is_reserved:
+        raise UrlNotAllowedError(
+            f"{meant} is not a public address; an operator can allow its network in SATUNE_WEBHOOK_NETWORKS"
+        )
+
+
+def _meant(address: Address) -> Address:
+    """The IPv4 address inside an IPv6 one, where there is one."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+def _signed(secrets: Sequence[str], event_id: str, body: str) -> dict[str, str]:
+    # `sign` reads the naive or aware fields as UTC.
+    now = datetime.now(tz=UTC)
+    signatures = [Webhook(secret).sign(event_id, now, body) for secret in secrets]
+    return {
+        "webhook-id": event_id,
+        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-signature": " ".join(signatures),
+    }
