@@ -58,6 +58,10 @@ class Artifacts:
         """Run folder of one attempt."""
         return self.runs(job_id) / str(attempt)
 
+    def chore(self, chore_id: str, attempt: int) -> Path:
+        """Folder of one attempt at a chore, gone when it has ended."""
+        return self.data_dir / "chores" / chore_id / str(attempt)
+
     def result(self, job_id: str, attempt: int) -> Path:
         """Where the model of an attempt lies, once it is the result."""
         return self.data_dir / "results" / job_id / str(attempt)

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from jobs.states import Desired, Stage, Status
+from jobs.states import ChoreStatus, Desired, Stage, Status
 
 Serial = BigInteger().with_variant(Integer, "sqlite")
 Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
@@ -276,6 +276,34 @@ class ModelRow(Base):
     base: Mapped[str] = mapped_column(String(512))
     path: Mapped[str] = mapped_column(String(512))
     created_at: Mapped[float]
+
+
+class ChoreRow(Base):
+    """A small piece of work without a job; the fingerprint is that of (project, kind, subject, params)."""
+
+    __tablename__ = "chores"
+    __table_args__ = (
+        CheckConstraint(_one_of("status", ChoreStatus), name="status"),
+        Index(None, "status", "seq"),
+        Index(None, "project", "subject"),
+    )
+    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    project: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(32))
+    subject: Mapped[str] = mapped_column(String(700))
+    params: Mapped[dict[str, Any]]
+    fingerprint: Mapped[str] = mapped_column(String(64), unique=True)
+    status: Mapped[str] = mapped_column(String(12))
+    attempt: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    owner: Mapped[str | None] = mapped_column(String(64))
+    heartbeat_seq: Mapped[int] = mapped_column(default=0)
+    result: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    error: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
 
 
 class WorkerRow(Base):

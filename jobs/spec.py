@@ -287,8 +287,29 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChoreRecord:
+    """A small piece of work without a job; as `claim_chore` returns it, also the right to work on it."""
+
+    seq: int
+    id: str
+    project: str
+    kind: str
+    subject: str
+    params: dict[str, Any]
+    status: str
+    attempt: int
+    failures: int
+    owner: str | None
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lease:
-    """One observation of a held job."""
+    """One observation of a held job, or of a held chore."""
 
     job_id: str
     attempt: int

@@ -37,6 +37,15 @@ class Desired(StrEnum):
     CANCEL = "cancel"
 
 
+class ChoreStatus(StrEnum):
+    """The life of a chore, a small piece of work without a job."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
 TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED})
 ACTIVE = frozenset(Status) - TERMINAL
 

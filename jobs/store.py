@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
+from jobs.chores import Chores
 from jobs.errors import JobTerminal, LeaseLost
 from jobs.library import Library, record_of
 from jobs.models import AttemptRow, CheckpointRow, JobRow, ModelRow
@@ -28,7 +29,7 @@ from jobs.tenants import Tenants
 from jobs.webhooks import Webhooks
 
 
-class Store(Library, Reads, Roster, Tenants, Receipts, Webhooks):
+class Store(Library, Reads, Roster, Tenants, Receipts, Webhooks, Chores):
     """The job store. One method is one transaction."""
 
     def create_job(self, project: str, new: NewJob, receipt: Receipt | None = None) -> JobRecord:

@@ -7,28 +7,51 @@ asks the kernel to die with its parent, and whatever it still wrote would be ref
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 CORE = (sys.executable, "-P", "-m", "sat_core")
 NICENESS = 10
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a child that reads a stranger's data may use.
+
+    Attributes:
+        memory_bytes: of its own writable memory. Mapped libraries do not count, so the bound holds for a CUDA build
+            of torch too, which maps many gigabytes and touches few of them.
+        file_bytes: of each file that it writes, its log included.
+    """
+
+    memory_bytes: int
+    file_bytes: int
+
+
 class Child:
     """`python -P -m sat_core COMMAND FOLDER`."""
 
     def __init__(
-        self, command: str, folder: Path, *, devices: str, program: tuple[str, ...] = CORE
+        self,
+        command: str,
+        folder: Path,
+        *,
+        devices: str,
+        program: tuple[str, ...] = CORE,
+        bounds: Bounds | None = None,
     ) -> None:
         """Start it.
 
         Args:
-            command: prepare or train.
+            command: prepare, train, or that of a chore.
             folder: its run folder, also its working directory.
             devices: CUDA_VISIBLE_DEVICES.
             program: what understands `command FOLDER --lifeline`.
+            bounds: kept by the kernel, on Linux.
         """
         self.log = folder / "log.txt"
         with self.log.open("ab") as log:
@@ -49,6 +72,14 @@ class Child:
                 start_new_session=True,
             )
         os.setpriority(os.PRIO_PROCESS, self.process.pid, NICENESS)
+        if bounds is not None and sys.platform == "linux":
+            # From outside, as it starts: between fork and exec of a process with threads nothing else is safe.
+            for what, most in (
+                (resource.RLIMIT_DATA, bounds.memory_bytes),
+                (resource.RLIMIT_FSIZE, bounds.file_bytes),
+                (resource.RLIMIT_CORE, 0),
+            ):
+                resource.prlimit(self.process.pid, what, (most, most))
 
     def ended(self, wait_seconds: float) -> bool:
         """Whether it has ended, after waiting for it so long at the most."""

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from jobs.errors import StoreUnavailable
 from jobs.queue import Bell
 from jobs.settings import Settings
-from jobs.spec import Claim
 from jobs.states import Stage
 from jobs.store import Store
 from worker.child import CORE
+from worker.chores import ChoreRunner
 from worker.postman import Postman
 from worker.runner import Runner
 from worker.slots import Slot, Slots, count_gpus
@@ -41,6 +41,7 @@ class Host:
         self._sweeper = Sweeper(settings, store, bell)
         self._postman = Postman(settings, store, self.stopping)
         self._runs: list[threading.Thread] = []
+        self._job_is_next = False
         self._lock = threading.Lock()
         self._clock = threading.Thread(target=self._tick, name="sweeper", daemon=True)
 
@@ -63,40 +64,56 @@ class Host:
         """Claim what waits, for as long as slots are free."""
         for stage in Stage:
             while not self.stopping.is_set() and (slot := self.slots.take(stage)):
-                claim = self._claim(stage)
-                if claim is None:
+                work = self._claim(slot)
+                if work is None:
                     self.slots.give(slot)
                     break
-                self._launch(claim, slot)
+                self._launch(work, slot)
 
-    def _claim(self, stage: Stage) -> Claim | None:
+    def _claim(self, slot: Slot) -> Runner | ChoreRunner | None:
+        """Work for a slot. Jobs and chores share the CPU slots by turns, so that neither starves."""
+        turns: list[Callable[[Slot], Runner | ChoreRunner | None]] = [self._claim_job]
+        if slot.stage is Stage.PREPARE:
+            turns.insert(int(self._job_is_next), self._claim_chore)
         try:
-            return self.store.claim(self.id, stage)
+            for turn in turns:
+                if work := turn(slot):
+                    self._job_is_next = isinstance(work, ChoreRunner)
+                    return work
         except StoreUnavailable as error:
             log.warning("%s", error)
-            return None
+        return None
 
-    def _launch(self, claim: Claim, slot: Slot) -> None:
-        def work() -> None:
+    def _claim_job(self, slot: Slot) -> Runner | None:
+        claim = self.store.claim(self.id, slot.stage)
+        if claim is None:
+            return None
+        return Runner(
+            self.settings, self.store, claim, slot.devices, self.stopping, program=self.program
+        )
+
+    def _claim_chore(self, _: Slot) -> ChoreRunner | None:
+        claim = self.store.claim_chore(self.id)
+        if claim is None:
+            return None
+        return ChoreRunner(self.settings, self.store, claim, self.stopping, program=self.program)
+
+    def _launch(self, work: Runner | ChoreRunner, slot: Slot) -> None:
+        name = work.folder.parent.name
+
+        def attend() -> None:
             try:
-                Runner(
-                    self.settings,
-                    self.store,
-                    claim,
-                    slot.devices,
-                    self.stopping,
-                    program=self.program,
-                ).run()
+                work.run()
             except Exception:
-                # The lease runs out by itself and the job goes on elsewhere; the worker must live.
-                log.exception("The runner of %s broke", claim.job_id)
+                # The lease runs out by itself and the work goes on elsewhere; the worker must live.
+                log.exception("The runner of %s broke", name)
             finally:
                 self.slots.give(slot)
                 with self._lock:
                     self._runs.remove(thread)
             self.look()
 
-        thread = threading.Thread(target=work, name=claim.job_id, daemon=True)
+        thread = threading.Thread(target=attend, name=name, daemon=True)
         with self._lock:
             self._runs.append(thread)
         thread.start()

@@ -22,12 +22,12 @@ from jobs.spec import Claim
 from jobs.states import Desired, Stage
 from jobs.store import Store
 from worker.child import CORE, Child
+from worker.inputs import PREPARE_FORMAT, Inputs
 from worker.tail import Tail
 
 log = logging.getLogger(__name__)
 
 DONE, STOPPED, FAILED = 0, 10, 20
-PREPARE_FORMAT = "satune.prepare/1"
 POLL_SECONDS = 0.2
 
 
@@ -77,35 +77,22 @@ class Runner:
             return {**(job.config or {}), "resume_from": str(newest) if newest else None}
         files = {"training_file": job.training_file, "validation_file": job.validation_file}
         mix = job.request["sat"]["data"]["mix"]
+        inputs = Inputs(self.store, self.artifacts, job.project)
         return {
             "format": PREPARE_FORMAT,
             "request": job.request,
-            "model": {"name": job.model, "path": self._model_path(), "revision": None},
-            **{name: self._source(id) if id else None for name, id in files.items()},
-            "mix_files": [{**self._source(m["file"]), "weight": m["weight"]} for m in mix],
+            "model": inputs.model(job.model),
+            **{name: inputs.file(id) if id else None for name, id in files.items()},
+            "mix_files": [{**inputs.file(m["file"]), "weight": m["weight"]} for m in mix],
             "corpora_dir": str(self.artifacts.corpora),
         }
-
-    def _source(self, file_id: str) -> dict[str, str]:
-        file = self.store.get_file(self.claim.job.project, file_id)
-        return {"path": str(self.artifacts.file(file_id)), "filename": file.filename}
-
-    def _model_path(self) -> str | None:
-        name = self.claim.job.model
-        if name.startswith("ft:"):
-            return str(
-                self.artifacts.absolute(self.store.get_model(self.claim.job.project, name).path)
-            )
-        found = self.artifacts.resolve_model(name)
-        if found is None and name.startswith("local/"):
-            raise NotFound.of("model", name)
-        return str(found) if found else None
 
     def _attend(self, child: Child) -> None:
         """Until the child has ended: tell, renew, obey."""
         while not child.ended(POLL_SECONDS):
             desired = self._tell()
-            if desired is Desired.CANCEL or self.stopping.is_set():
+            asked = self._asked_at is not None
+            if asked or desired is not Desired.RUN or self.stopping.is_set():
                 self._stop(child)
             if time.monotonic() - self._spoke_at > self.settings.stall_seconds:
                 log.error(

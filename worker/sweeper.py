@@ -1,4 +1,4 @@
-"""Looking after everybody's jobs: ring again for those that wait, take back those whose worker is lost.
+"""Looking after everybody's jobs and chores: ring again for those that wait, take back those whose worker is lost.
 
 Harmless in any number. A lease is lost when its heartbeat counter has not moved for the lease time on this process's own
 monotonic clock, so a sweeper that has just started, or just got its database back, waits one full lease first.
@@ -10,6 +10,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from jobs.chores import CHORE_PREFIX
 from jobs.states import Stage
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ class Sweeper:
         self._swept_at = time.monotonic()
 
     def sweep(self) -> int:
-        """Look once; the number of jobs taken back."""
+        """Look once; the number of jobs and chores taken back."""
         now = time.monotonic()
-        leases = self.store.leases()
+        leases = [*self.store.leases(), *self.store.chore_leases()]
         if now - self._swept_at > self.settings.lease_seconds:
             # This process itself stood still; what it saw before says nothing of others.
             self._since = {}
@@ -45,18 +46,22 @@ class Sweeper:
         ]
         taken = 0
         for lease in lost:
-            found = self.store.expire(
-                lease,
-                max_failures=self.settings.max_failures,
-                retry_seconds=self.settings.retry_seconds,
-            )
+            found = self._take_back(lease)
             taken += found
             log.warning(
-                "Job %s of %s was lost%s",
+                "%s of %s was lost%s",
                 lease.job_id,
                 lease.owner,
                 "" if found else ", but moved again",
             )
-        if any(self.store.waiting(stage) for stage in Stage):
+        if any(self.store.waiting(stage) for stage in Stage) or self.store.chores_waiting():
             self.bell.ring()
         return taken
+
+    def _take_back(self, lease: Lease) -> bool:
+        most = self.settings.max_failures
+        if lease.job_id.startswith(CHORE_PREFIX):
+            return self.store.expire_chore(lease, max_failures=most)
+        return self.store.expire(
+            lease, max_failures=most, retry_seconds=self.settings.retry_seconds
+        )

@@ -1,0 +1,80 @@
+"""How each kind of chore is done: which command of the core, what its config.json says, and what it may use.
+
+A new kind is an entry of `KINDS` and a command of `sat_core` that reads config.json and leaves one JSON object. The bounds
+hold for hostile input: a file that makes the child grow, loop or write without end costs its own chore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.spec import ChoreRecord
+from worker.child import Bounds
+from worker.inputs import PREPARE_FORMAT, Inputs
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is done for a chore.
+
+    Attributes:
+        command: of the core.
+        config: config.json, from the chore; may raise NotFound.
+        result: the JSON file that the child leaves in its folder.
+        seconds: after so long it is ended.
+        bounds: of the child process.
+    """
+
+    command: str
+    config: Callable[[ChoreRecord, Inputs], dict[str, Any]]
+    result: str
+    seconds: float
+    bounds: Bounds
+
+
+def _preview(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
+    return {**_reading(chore, inputs), "rows": chore.params["rows"]}
+
+
+def _validation(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
+    against = chore.params["against"]
+    return {
+        **_reading(chore, inputs),
+        "validation_file": inputs.file(against) if against else None,
+    }
+
+
+def _reading(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
+    request = chore.params["request"]
+    return {
+        "format": PREPARE_FORMAT,
+        "request": request,
+        "model": inputs.model(request["model"]),
+        "training_file": inputs.file(chore.subject),
+        "validation_file": None,
+    }
+
+
+# A .json array of the largest size is held whole, and takes some ten times its bytes as objects.
+_READER = Bounds(memory_bytes=4 * GIB, file_bytes=64 * 2**20)
+
+KINDS: dict[str, Kind] = {
+    "preview": Kind(
+        command="preview",
+        config=_preview,
+        result="preview.json",
+        seconds=120,
+        bounds=_READER,
+    ),
+    "validation": Kind(
+        command="validate",
+        config=_validation,
+        result="validation.json",
+        seconds=1800,
+        bounds=_READER,
+    ),
+}
