@@ -1,0 +1,79 @@
+"""An answer that is lost on the wire, and the retry of the official client."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import openai
+
+from .conftest import KEY, ROW
+from .serving import served
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastapi import FastAPI
+
+
+@contextlib.contextmanager
+def losing(address: str, path: bytes, times: int) -> Iterator[tuple[str, list[bytes]]]:
+    """A proxy in front of `address` that loses the answer to the first `times` POSTs of `path`; and what it lost."""
+    target, lost = (urlsplit(address).hostname, urlsplit(address).port), []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                inward, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=pass_on, args=(inward,), daemon=True).start()
+
+    def pass_on(inward: socket.socket) -> None:
+        with inward, socket.create_connection(target) as outward:
+            while request := inward.recv(1 << 20):
+                outward.sendall(request)
+                head, _, body = request.partition(b"\r\n\r\n")
+                length = [h for h in head.lower().split(b"\r\n") if h.startswith(b"content-length")]
+                missing = int(length[0].split(b":")[1]) - len(body) if length else 0
+                while missing > 0:
+                    more = inward.recv(1 << 20)
+                    outward.sendall(more)
+                    missing -= len(more)
+                answer = outward.recv(1 << 20)
+                if request.startswith(b"POST " + path) and len(lost) < times:
+                    lost.append(answer)
+                    return
+                inward.sendall(answer)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", lost
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(5)
+
+
+def test_a_lost_answer_makes_one_job_with_the_unmodified_client(app: FastAPI) -> None:
+    with (
+        served(app) as address,
+        losing(address, b"/v1/fine_tuning/jobs", 2) as (proxied, lost),
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as direct,
+        openai.OpenAI(base_url=proxied, api_key=KEY, max_retries=2) as client,
+    ):
+        file = direct.files.create(file=("d.jsonl", ROW), purpose="fine-tune")
+        before = direct.fine_tuning.jobs.create(model="local/tiny", training_file=file.id)
+        answer = client.fine_tuning.jobs.with_raw_response.create(
+            model="local/tiny", training_file=file.id
+        )
+        job = answer.parse()
+        assert len(lost) == 2
+        assert all(job.id.encode() in text for text in lost)
+        assert answer.headers["idempotent-replayed"] == "inferred"
+        assert {j.id for j in direct.fine_tuning.jobs.list()} == {before.id, job.id}
