@@ -1,4 +1,4 @@
-"""The commands `prepare` and `preview`: from RUN_FOLDER/config.json to a corpus and train.json, or to preview.json.
+"""The commands `prepare`, `preview` and `validate`: from RUN_FOLDER/config.json to a corpus and train.json, or to a report.
 
 config.json (format satune.prepare/1) holds `request`, `model` (name, path or null, revision), `corpora_dir`, and files as
 `{"path", "filename"}`: `training_file`, `validation_file` (or null), and optionally `mix_files`, each with a `weight`. A
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sat_core.data.preparing import Preparation
 from sat_core.data.preview import preview
+from sat_core.data.rendering import Renderer
 from sat_core.data.sources import Source
 from sat_core.data.tokenizer import hub_revision, load_tokenizer, model_config
+from sat_core.data.validation import Tokens, Validation
 from sat_core.plan.config import PREPARE_FORMAT, PREPARED_FORMAT
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.families import ModelShape, shape_of
@@ -108,6 +110,42 @@ def show(folder: Path, config: dict[str, Any], events: Events) -> None:
         rows=config.get("rows", DEFAULT_PREVIEW_ROWS),
     )
     _put(folder / "preview.json", {"format": "satune.preview/1", "rows": rows})
+
+
+def validate(folder: Path, config: dict[str, Any], events: Events) -> None:
+    """Write validation.json: every fault of the training file, and with a request what of it would be trained on.
+
+    config.json may hold a null `request`, which looks at rows alone, `declared_format` for that, and
+    `validation_file` to be compared with.
+
+    Raises:
+        PlanError: for a setting or a model that cannot be used; what is wrong with the data stands in the report.
+    """
+    if config["request"] is None:
+        tokens, declared = None, str(config["declared_format"])
+    else:
+        job = _job(config, events)
+        declared = job.request.sat.data.format
+        tokens = Tokens(
+            renderer=Renderer(job.tokenizer, train_on=job.request.sat.train.train_on),
+            packing=job.packing,
+            seq_len_for=job.seq_len_for,
+        )
+
+    def judged(file: str) -> Validation:
+        return Validation(
+            source=_source(config[file], file),
+            tokens=tokens,
+            declared=declared,
+            progress=lambda rows: events.emit("progress", done=rows, total=None, unit="rows"),
+        )
+
+    against = judged("validation_file") if config["validation_file"] else None
+    if against is not None:
+        events.state("checking_dataset", "Reading the file to compare with")
+        against.read()
+    report = judged("training_file").run(against)
+    _put(folder / "validation.json", {"format": "satune.validation/1", **report})
 
 
 def _job(config: dict[str, Any], events: Events) -> _Job:

@@ -52,7 +52,7 @@ def read_rows(path: Path, filename: str, declared: str = "auto") -> Iterator[Row
     if kind == "parquet":
         if packed:
             raise DataError(f"{filename}: a Parquet file is compressed inside; send it ungzipped.")
-        yield from meanings(_parquet_rows(path, filename), filename, declared)
+        yield from meanings(parquet_rows(path, filename), filename, declared)
     elif kind == "text":
         for document in _documents(line.row for line in _items(path, filename)):
             yield Row("text", Text("", document))
@@ -96,8 +96,12 @@ def _pushed(path: Path, stream: RowStream) -> Iterator[Item]:
     yield from stream.finish()
 
 
-def _parquet_rows(path: Path, filename: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered rows, the columns that no format knows left unread."""
+def parquet_rows(path: Path, filename: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows, the columns that no format knows left unread.
+
+    Raises:
+        DataError: where it is not Parquet, or a group of rows is too large.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 from sat_core.plan.parsing import RowStream, kind_of
 from sat_core.plan.rows import RowError, detect_format, parse_row
-from sat_core.plan.streams import MAX_ARRAY_BYTES, MAX_LINE_BYTES
+from sat_core.plan.streams import BOM, MAX_ARRAY_BYTES, MAX_LINE_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sat_core.plan.rows import Conversation, Text
     from sat_core.plan.streams import Item
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 MAX_PROBLEMS = 100
+PARQUET_UNREAD = "The rows of a Parquet file are checked by a worker, not while they arrive."
 PARQUET_MAGIC = b"PAR1"
 # Magic, four bytes of length and the magic again: what is left when a Parquet file holds nothing.
 _PARQUET_FRAME_BYTES = 12
@@ -55,6 +59,7 @@ class FileReport:
     problems: tuple[Problem, ...] = ()
     problem_count: int = 0
     warnings: tuple[str, ...] = ()
+    encoding: str | None = "utf-8"
 
     @property
     def ok(self) -> bool:
@@ -78,17 +83,25 @@ class FileCheck:
 
     The name decides: `.txt` and `.md` are text, `.json` one array of rows (held in memory, at most 256 MiB), `.csv` a
     table with a header, `.parquet` a table of which the frame is checked, all else JSON Lines; `.gz` after any of them
-    but Parquet is unpacked.
+    but Parquet is unpacked. Whoever can read Parquet hands its rows to `judge`.
+
+    Attributes:
+        filename: the owner's name.
+        format: of the rows, or "auto".
+        each: told every good row of a table of rows; may raise RowError, then the row is a bad one.
     """
 
     filename: str
     format: str = "auto"
+    each: Callable[[Item, Text | Conversation], None] | None = None
     _rows: int = 0
     _problems: list[Problem] = field(default_factory=list)
     _problem_count: int = 0
     _bytes: int = 0
     _start: bytes = b""
     _end: bytes = b""
+    _bom: bool = False
+    _crlf: int = 0
 
     def __post_init__(self) -> None:
         self._kind, packed = kind_of(self.filename)
@@ -105,28 +118,40 @@ class FileCheck:
             self._end = (self._end + chunk)[-8:]
             return
         for item in self._stream.feed(chunk):
-            self._judge(item)
+            self.judge(item)
 
     def finish(self) -> FileReport:
         """The verdict, once all bytes were fed."""
-        warnings: tuple[str, ...] = ()
-        if self._stream is None:
+        unread = self._stream is None and self._rows == 0
+        if self._stream is None and self._problem_count == 0:
             self._judge_frame()
-            warnings = ("The rows of a Parquet file are checked when a job prepares them.",)
-        else:
-            for item in self._stream.finish():
-                self._judge(item)
-            if self._rows == 0 and self._problem_count == 0:
-                self._problem(RowError("empty_file", "", "the file holds no rows"))
+        for item in self._stream.finish() if self._stream else ():
+            self.judge(item)
+        if self._stream and self._rows == 0 and self._problem_count == 0:
+            self._problem(RowError("empty_file", "", "the file holds no rows"))
         return FileReport(
             format=self.format,
             rows=self._rows,
             problems=tuple(self._problems),
             problem_count=self._problem_count,
-            warnings=warnings if self._problem_count == 0 else (),
+            warnings=self._warnings(unread=unread) if self._problem_count == 0 else (),
+            encoding=None if self._stream is None else "utf-8-sig" if self._bom else "utf-8",
         )
 
-    def _judge(self, item: Item) -> None:
+    def _warnings(self, *, unread: bool) -> tuple[str, ...]:
+        # In tables both are customary.
+        lines = self._kind == "lines"
+        said = {
+            PARQUET_UNREAD: unread,
+            "The file begins with a byte-order mark, which is left out.": lines and self._bom,
+            f"{self._crlf} lines end in CRLF.": lines and self._crlf,
+        }
+        return tuple(words for words, true in said.items() if true)
+
+    def judge(self, item: Item) -> None:
+        """Take one row, or what is wrong with it."""
+        self._bom |= item.byte_offset == 0 and item.raw.startswith(BOM)
+        self._crlf += item.raw.endswith(b"\r")
         if item.error is not None:
             self._problem(item.error, item)
         elif self._kind == "text":
@@ -135,7 +160,9 @@ class FileCheck:
             try:
                 if self.format == "auto":
                     self.format = detect_format(item.row)
-                parse_row(item.row, self.format)
+                content = parse_row(item.row, self.format)
+                if self.each is not None:
+                    self.each(item, content)
                 self._rows += 1
             except RowError as error:
                 self._problem(error, item)

@@ -21,7 +21,7 @@ MAX_EXPANDED_BYTES = 16 * 2**30
 MAX_EXPANSION = 200
 FREE_EXPANDED_BYTES = 64 * 2**20
 _PIECE_BYTES = 2**20
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 class Item(NamedTuple):
@@ -115,7 +115,7 @@ class Line(NamedTuple):
         """
         if self.too_long:
             raise RowError("too_long", "", f"the line is longer than {MAX_LINE_BYTES} bytes")
-        raw = self.raw.removeprefix(_BOM) if self.byte_offset == 0 else self.raw
+        raw = self.raw.removeprefix(BOM) if self.byte_offset == 0 else self.raw
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
