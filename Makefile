@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(PYTHON) scripts/install.py
 
-.PHONY: demo up test check format bench lock install
+.PHONY: demo up test check format bench bench-full lock install
 
 demo:            ## set up, start the service, train a model, show the result
 	@$(INSTALL) local
@@ -29,9 +29,13 @@ format:          ## rewrite the sources as `check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench:           ## time a step, sparse and dense, beside the Hugging Face Trainer
+bench:           ## measure speed and quality in half an hour; one table of figures and bars
 	@$(INSTALL) dev
-	$(BIN)/python benchmarks/steps.py $(ARGS)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-full:      ## all of it, for hours; resumable
+	@$(INSTALL) dev
+	$(BIN)/python benchmarks/bench.py --full $(ARGS)
 
 install:         ## set up for development and do nothing else
 	@$(INSTALL) dev

@@ -18,7 +18,6 @@ import itertools
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.arms import prepared, quietly
+from benchmarks.report import Rows
 from cli.demo_material import make
-from sat_core import step
-from sat_core.__main__ import main as sat_core
+from sat_core.plan import quote
+from sat_core.plan.config import TrainConfig
 from sat_core.slicing import SlicedBlock, SlicedParameter
 from sat_core.sparsity import Sparsity
 
@@ -103,50 +104,31 @@ class Setting:
     cells: tuple[str, ...] | None = None
 
 
-def run_core(command: str, folder: Path) -> None:
-    with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
-        code = sat_core([command, str(folder)])
-    if code:
-        sys.exit((folder / "events.jsonl").read_text())
-
-
-def prepared(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -> dict[str, Any]:
-    steps = round(setting.steps * cell.steps_share)
+def config_of(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -> TrainConfig:
     settings = {
         **rates(0.5),
         "eval": {"every": 0, "forgetting_sequences": 0},
         "checkpoints": {"every": 0},
         **cell.sat,
-        "train": {"max_steps": steps, "learning_rate": rate, "max_seq_len": 128},
+        "train": {
+            "max_steps": round(setting.steps * cell.steps_share),
+            "learning_rate": rate,
+            "max_seq_len": 128,
+        },
     }
     if cell.sat.get("mode") == "off":
         del settings["omission_rate"]
-    folder = Path(tempfile.mkdtemp(dir=work, prefix="prepare-"))
-    config = {
-        "format": "satune.prepare/1",
-        "request": {
-            "model": "local/base",
-            "seed": seed,
-            "hyperparameters": {"batch_size": 8},
-            "sat": settings,
-        },
-        "model": {"name": "local/base", "path": str(setting.model), "revision": None},
-        "training_file": {"path": str(setting.text), "filename": setting.text.name},
-        "validation_file": None,
-        "corpora_dir": str(work / "corpora"),
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    run_core("prepare", folder)
-    made: dict[str, Any] = json.loads((folder / "train.json").read_text())["config"]
-    shutil.rmtree(folder)
-    return made
+    return prepared(
+        work, model=setting.model, training=setting.text, sat=settings, seed=seed, batch_size=8
+    )
 
 
 def run_cell(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(dir=work, prefix="run-"))
-    (folder / "config.json").write_text(json.dumps(prepared(setting, cell, rate, seed, work)))
+    config = config_of(setting, cell, rate, seed, work)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
     with variant(cell.variant):
-        run_core("train", folder)
+        quietly("train", folder)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     summary = events[-1]["summary"]
     shutil.rmtree(folder)
@@ -171,7 +153,7 @@ def variant(name: str) -> Iterator[None]:
     rules: dict[str, tuple[Any, str, Any]] = {
         "clear": (SlicedBlock, "_move_moments", _clear_both),
         "keep": (SlicedBlock, "_move_moments", _keep_both),
-        "small probe": (step, "PROBE_TOKENS", 256),
+        "small probe": (quote, "MAX_PROBE_TOKENS", 256),
         "local": (Sparsity, "whole", property(lambda _: False)),
     }
     if not name:
@@ -208,26 +190,16 @@ def _keep_both(
         kept[key] = part.take(full, sleepers) if len(sleepers) else None
 
 
-class Results:
-    """Rows of a JSON Lines file; what is there is not run again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = [json.loads(line) for line in lines]
+class Results(Rows):
+    """One row a cell, learning rate and seed."""
 
     def get(self, setting: str, cell: str, rate: float, seed: int) -> dict[str, Any] | None:
-        key = (setting, cell, rate, seed)
-        found = (r for r in self.rows if (r["setting"], r["cell"], r["rate"], r["seed"]) == key)
-        return next(found, None)
+        return next(iter(self.find(setting=setting, cell=cell, rate=rate, seed=seed)), None)
 
     def run(self, setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -> float:
         row = self.get(setting.name, cell.name, rate, seed)
         if row is None:
-            row = run_cell(setting, cell, rate, seed, work)
-            self.rows.append(row)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            row = self.add(run_cell(setting, cell, rate, seed, work))
             print(
                 f"{setting.name:14} {cell.name:28} rate {rate:g} seed {seed}: {row['after']:.4f}  {row['seconds']:.0f} s",
                 flush=True,
@@ -251,9 +223,9 @@ def demo_base(work: Path) -> tuple[Path, Path, Path]:
     if not trained.exists():
         setting = Setting("base", start, material.documents[0], BASE_STEPS, (0,))
         folder = Path(tempfile.mkdtemp(dir=work, prefix="base-"))
-        config = prepared(setting, DENSE[0], 2e-3, 0, work)
-        (folder / "config.json").write_text(json.dumps(config))
-        run_core("train", folder)
+        config = config_of(setting, DENSE[0], 2e-3, 0, work)
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        quietly("train", folder)
         (folder / "model").rename(trained)
         shutil.rmtree(folder)
     return trained, material.documents[0], material.sources[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,11 @@ def figure(
     return {**told, "spread": None if spread is None else list(spread)}
 
 
+def median(name: str, values: Sequence[float], unit: str, bar: float | None = None, better: Literal["higher", "lower"] = "higher") -> dict[str, Any]:  # fmt: skip
+    """The median as a figure, with its spread."""
+    return figure(name, statistics.median(values), unit, bar, better, (min(values), max(values)))
+
+
 def table(figures: Sequence[dict[str, Any]]) -> str:
     """Markdown that reads well on a terminal, too."""
     head = ("figure", "measured", "spread", "bar", "met")
@@ -69,6 +75,24 @@ def write(path: Path, name: str, figures: Sequence[dict[str, Any]], **more: Any)
     found["versions"] |= more.pop("versions", {})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, "figures": list(figures), **found, **more}, indent=1) + "\n")  # fmt: skip
+
+
+class Rows:
+    """Rows of a JSON Lines file, which long benchmarks add to as they go and never make twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        return [r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())]
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
 
 
 def _cells(figure: dict[str, Any]) -> tuple[str, str, str, str, str]:
@@ -88,7 +112,7 @@ def _number(value: float) -> str:
 
 
 def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip # noqa: S603, S607
+    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 

@@ -1,0 +1,238 @@
+"""Arms of a comparison that take their steps in turn, in one process.
+
+Each arm holds a run that stands still between steps, so arms can be advanced alternately, step by step, and whatever else
+the machine does slows all of them alike. That is why a ratio of two arms is worth something on a busy machine; runs one
+after the other, the road not taken, need a quiet one. A Satune arm is a real run of the core with all that belongs to a
+step: choosing, probes, guards, events. A Trainer arm is a Hugging Face Trainer in a thread that waits in a callback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from cli.demo_material import make
+from sat_core.__main__ import main as sat_core
+from sat_core.events import EventLog
+from sat_core.parallel import Parallel
+from sat_core.plan.config import TrainConfig
+from sat_core.trainer import Run
+
+
+class Arm(Protocol):
+    """Something that can make one more step."""
+
+    name: str
+
+    def advance(self) -> float:
+        """Make a step; its seconds."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama, and a step of `rows` sequences of `width` tokens; `vocab` is None for the tokenizer's own."""
+
+    hidden: int = 768
+    intermediate: int = 3072
+    layers: int = 8
+    heads: int = 12
+    kv_heads: int = 4
+    rows: int = 4
+    width: int = 512
+    vocab: int | None = None
+
+
+def random_llama(shape: Shape, work: Path) -> Path:
+    """A model folder with random weights of a shape, and the demo's tokenizer; made once."""
+    fields = (
+        shape.hidden,
+        shape.intermediate,
+        shape.layers,
+        shape.heads,
+        shape.kv_heads,
+        shape.vocab or 0,
+    )
+    folder = work / f"llama-{'-'.join(map(str, fields))}"
+    if (folder / "config.json").exists():
+        return folder
+    material = make(work)
+    demo = work / "models" / material.model.removeprefix("local/")
+    vocab = json.loads((demo / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocab or vocab,
+        max_position_embeddings=4096,
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    for path in demo.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def quietly(command: str, folder: Path) -> None:
+    """A command of the core on a run folder, its log beside it; leaves the program where it fails."""
+    with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
+        code = sat_core([command, str(folder)])
+    if code:
+        sys.exit((folder / "events.jsonl").read_text() + (folder / "log.txt").read_text())
+
+
+def prepared(
+    work: Path,
+    *,
+    model: Path,
+    training: Path,
+    sat: dict[str, Any],
+    validation: Path | None = None,
+    seed: int = 0,
+    **hyperparameters: Any,
+) -> TrainConfig:
+    """A run's configuration with every number stated; the corpus is made once and found again."""
+    work.mkdir(parents=True, exist_ok=True)
+    source = lambda path: {"path": str(path), "filename": path.name} if path else None  # noqa: E731
+    config = {
+        "format": "satune.prepare/1",
+        "request": {
+            "model": "local/base",
+            "seed": seed,
+            "hyperparameters": hyperparameters,
+            "sat": sat,
+        },
+        "model": {"name": "local/base", "path": str(model), "revision": None},
+        "training_file": source(training),
+        "validation_file": source(validation),
+        "corpora_dir": str(work / "corpora"),
+    }
+    folder = Path(tempfile.mkdtemp(dir=work, prefix="prepare-"))
+    (folder / "config.json").write_text(json.dumps(config))
+    quietly("prepare", folder)
+    made = json.loads((folder / "train.json").read_text())["config"]
+    shutil.rmtree(folder)
+    return TrainConfig.from_dict(made)
+
+
+class SatuneArm:
+    """A run of the core, a step at a time; `run.counters` counts what it did."""
+
+    def __init__(self, name: str, config: TrainConfig, work: Path) -> None:
+        self.name = name
+        self.folder = Path(tempfile.mkdtemp(dir=work, prefix="arm-"))
+        self._events = EventLog(self.folder)
+        self.run = Run(self.folder, config, self._events, lambda: False, Parallel())
+
+    def advance(self) -> float:
+        started = time.perf_counter()
+        self.run.advance()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What the run told, of one kind."""
+        lines = (self.folder / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def close(self) -> None:
+        self._events.__exit__()
+        shutil.rmtree(self.folder)
+
+
+class _Closed(Exception):
+    """The arm is not wanted any more."""
+
+
+class _Turnstile(TrainerCallback):
+    """Lets a Trainer through for one step at a time; fetching the batch is part of the step."""
+
+    def __init__(self) -> None:
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.closed = False
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._wait()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.done.release()
+        self._wait()
+
+    def _wait(self) -> None:
+        self.go.acquire()
+        if self.closed:
+            raise _Closed
+
+
+class TrainerArm:
+    """A Hugging Face Trainer (or TRL's), built by `build` with the callback it is given.
+
+    Its thread starts with the first step: building a Trainer resets state that all Trainers of a process share.
+    """
+
+    def __init__(self, name: str, build: Callable[[list[TrainerCallback]], Any]) -> None:
+        self.name = name
+        self._turn = _Turnstile()
+        self._error: BaseException | None = None
+        self.trainer = build([self._turn])
+        self._thread = threading.Thread(target=self._train, daemon=True)
+
+    def _train(self) -> None:
+        try:
+            self.trainer.train()
+        except _Closed:
+            return
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the step
+            self._error = error
+            self._turn.done.release()
+
+    def advance(self) -> float:
+        started = time.perf_counter()
+        if self._thread.ident is None:
+            self._thread.start()
+        self._turn.go.release()
+        self._turn.done.acquire()
+        if self._error:
+            raise self._error
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        self._turn.closed = True
+        self._turn.go.release()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+
+def in_turn(arms: Sequence[Arm], steps: int, *, say: bool = True) -> dict[str, list[float]]:
+    """Advance all arms `steps` times, alternately; seconds of each step by arm."""
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for step in range(steps):
+        # Whoever goes first finds cold caches: each round begins with another arm.
+        for arm in [*arms[step % len(arms) :], *arms[: step % len(arms)]]:
+            seconds[arm.name].append(arm.advance())
+        if say and sys.stderr.isatty():
+            print(f"\r{step + 1}/{steps} ", end="", file=sys.stderr, flush=True)
+    return seconds

@@ -1,0 +1,323 @@
+"""How close a sparse step comes to what its arithmetic allows: efficiency = (S - 1) / (S_b - 1).
+
+    python benchmarks/limit.py [--json FILE] [--plot FILE] [--steps N] [--device cpu]
+
+S is the measured speed-up over dense steps of the same run, S_b the one that counted FLOPs allow. Whole training steps
+first: real runs of the core, all that belongs to a step included, advancing in turn; then one decoder layer over widths
+and numbers of tokens; then where the time of a step goes. The count itself is held against torch's own counter, with the
+math attention backend, for torch counts nothing for the others on a CPU (and counts the whole square of a causal mask).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.arms import SatuneArm, Shape, in_turn, prepared, random_llama
+from benchmarks.report import figure, table, write
+from cli.demo_material import make
+from sat_core import step as step_module
+from sat_core.data.corpus import IGNORED_LABEL, Batch
+from sat_core.loss import token_loss
+from sat_core.plan.accounting import Cost, step_flops
+from sat_core.plan.config import SatConfig
+from sat_core.sparsity import sparsify
+
+REFRESH_PERIODS = (1, 10, 50)
+EFFICIENCY_BAR = 0.90
+# A rate from the first step to the last, so that every step but the first is what is looked for.
+CONSTANT = {"schedule": {"dense_start": 0.0, "sparse_share": 1.0}}
+ARMS: dict[str, dict[str, Any]] = {
+    "dense": {"mode": "off"},
+    "MLP .5": {"omission_rate": {"mlp": 0.5}, **CONSTANT},
+    "MLP .5, heads .5": {"omission_rate": {"mlp": 0.5, "attention": 0.5}, **CONSTANT},
+    "MLP .5, heads .5, chosen each step": {
+        "omission_rate": {"mlp": 0.5, "attention": 0.5},
+        "importance": {"refresh_every": 1},
+        **CONSTANT,
+    },
+}
+EACH_STEP = "MLP .5, heads .5, chosen each step"
+GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear")
+
+
+def arms_of(shape: Shape, work: Path, total_steps: int) -> list[SatuneArm]:
+    model = random_llama(shape, work)
+    text = make(work).documents[0]
+    arms = []
+    for name, sat in ARMS.items():
+        settings = {
+            **sat,
+            "train": {"max_steps": total_steps, "max_seq_len": shape.width, "learning_rate": 1e-4},
+            "eval": {"every": 0, "forgetting_sequences": 0},
+            "checkpoints": {"every": 0},
+        }
+        config = prepared(work, model=model, training=text, sat=settings, batch_size=shape.rows)
+        arms.append(SatuneArm(name, config, work))
+    return arms
+
+
+def whole_steps(
+    shape: Shape, work: Path, steps: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Figures of whole training steps, and the breakdown of one dense and one sparse step."""
+    # The plan is of a long run, so that a probe sees what it would see of one.
+    arms = arms_of(shape, work, total_steps=1000)
+    try:
+        for arm in arms:
+            arm.advance()
+        seconds = in_turn(arms, steps)
+        by_name = {arm.name: arm for arm in arms}
+        parts = {name: breakdown(by_name[name], rounds=2) for name in ("dense", "MLP .5")}
+        return efficiencies(by_name, seconds), {"seconds": seconds, "breakdown": parts}
+    finally:
+        for arm in arms:
+            arm.close()
+
+
+def efficiencies(
+    arms: dict[str, SatuneArm], seconds: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    """Speed-up, bound and efficiency without refresh and at each refresh period."""
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    figures = []
+    for name in ("MLP .5", "MLP .5, heads .5"):
+        bound = flop_bound(arms[name])
+        low, high = ratio_spread(seconds["dense"], seconds[name])
+        speedup = medians["dense"] / medians[name]
+        figures += [
+            figure(f"speed-up of a step, {name}", speedup, "x", spread=(low, high)),
+            figure(f"bound by counted FLOPs, {name}", bound, "x"),
+        ]
+        # What choosing anew adds to a step is measured where every step does it.
+        extra = max(0.0, medians[EACH_STEP] - medians["MLP .5, heads .5"])
+        for period in REFRESH_PERIODS:
+            with_refresh = medians[name] + extra / period
+            efficiency = (medians["dense"] / with_refresh - 1) / (bound - 1)
+            figures.append(
+                figure(
+                    f"efficiency, {name}, refresh {period}",
+                    efficiency,
+                    "",
+                    EFFICIENCY_BAR if period == 50 else None,
+                    spread=tuple((s - 1) / (bound - 1) for s in (low, high)),
+                )
+            )
+    return figures
+
+
+def flop_bound(arm: SatuneArm) -> float:
+    """Dense over sparse FLOPs, probes left out, of steps that all had one width."""
+    counters = arm.run.counters
+    return counters.dense_flops / (counters.flops - counters.probe_flops)
+
+
+def ratio_spread(dense: list[float], sparse: list[float]) -> tuple[float, float]:
+    """Quartiles of the ratios of steps that were made next to each other."""
+    ratios = [d / s for d, s in zip(dense, sparse, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return low, high
+
+
+@contextlib.contextmanager
+def timed(spent: Counter[str], owner: Any, attribute: str, label: str) -> Iterator[None]:
+    """Within, seconds spent in an attribute of an object are added up."""
+    stock = getattr(owner, attribute)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            spent[label] += time.perf_counter() - started
+
+    setattr(owner, attribute, wrapper)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, stock)
+
+
+def breakdown(arm: SatuneArm, rounds: int) -> dict[str, float]:
+    """Shares of a step's time: by part of the step, and of that the matrix products and the attention core."""
+    run, spent = arm.run, Counter[str]()
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, label in (
+            (step_module, "token_loss", "forward and loss"),
+            (torch.autograd, "backward", "backward"),
+            (run.parts.optimizer, "step", "optimizer"),
+            (torch.nn.utils, "clip_grad_norm_", "clipping"),
+            (run.stepper, "_choose", "probe and refresh"),
+            (run.stepper, "_micro_batches", "data"),
+            (run, "_report", "events"),
+        ):
+            stack.enter_context(timed(spent, owner, attribute, label))
+        total = sum(arm.advance() for _ in range(rounds))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        profiled = arm.advance()
+    shares = {label: value / total for label, value in spent.items()}
+    shares["rest"] = 1 - sum(shares.values())
+    rows = {row.key: row.self_cpu_time_total / 1e6 for row in profiler.key_averages()}
+    shares["of which matrix products"] = sum(v for k, v in rows.items() if k in GEMMS) / profiled
+    shares["of which attention core"] = (
+        sum(v for k, v in rows.items() if "scaled_dot_product" in k or "flash_attention" in k)
+        / profiled
+    )
+    return shares
+
+
+def one_layer(
+    tokens: tuple[int, ...], rates: tuple[float, ...], rounds: int
+) -> list[dict[str, Any]]:
+    """Speed-up of forward and backward of one decoder layer, its MLP channels asleep at a rate; no optimizer."""
+    rows = []
+    for hidden in (768, 1024):
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=1,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 256,
+            vocab_size=64,
+        )
+        for count in tokens:
+            layers = {rate: narrowed(config, rate) for rate in (0.0, *rates)}
+            seconds: dict[float, list[float]] = {rate: [] for rate in layers}
+            for turn in range(rounds + 1):
+                for rate, (model, sparsity) in layers.items():
+                    del sparsity
+                    taken = forward_and_backward(model, count)
+                    if turn:
+                        seconds[rate].append(taken)
+            for rate in rates:
+                bound = layer_bound(*layers[rate], count)
+                low, high = ratio_spread(seconds[0.0], seconds[rate])
+                speedup = statistics.median(seconds[0.0]) / statistics.median(seconds[rate])
+                rows.append(
+                    {
+                        "hidden": hidden,
+                        "tokens": count,
+                        "rate": rate,
+                        "speedup": speedup,
+                        "bound": bound,
+                        "efficiency": (speedup - 1) / (bound - 1),
+                        "spread": [low, high],
+                    }
+                )
+    return rows
+
+
+def narrowed(config: LlamaConfig, rate: float) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).train()
+    sparsity = sparsify(
+        model,
+        None,
+        SatConfig(total_steps=1, mlp_rate=rate, metric="magnitude", allotment="uniform"),
+    )
+    if rate:
+        sparsity.choose(0, {})
+    return model, sparsity
+
+
+def forward_and_backward(model: Any, tokens: int) -> float:
+    layer, rope = model.model.layers[0], model.model.rotary_emb
+    hidden = torch.randn(1, tokens, model.config.hidden_size, requires_grad=True)
+    places = torch.arange(tokens)[None]
+    around = rope(hidden, places)
+    started = time.perf_counter()
+    out = layer(hidden, position_embeddings=around, position_ids=places)
+    (out[0] if isinstance(out, tuple) else out).sum().backward()
+    taken = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+def layer_bound(_: Any, sparsity: Any, tokens: int) -> float:
+    cost = Cost(tokens=tokens, attended_pairs=tokens * (tokens + 1) // 2, labels=0)
+    dense = type(sparsity.widths).dense(sparsity.shape)
+    return step_flops(sparsity.shape, dense, cost) / step_flops(
+        sparsity.shape, sparsity.widths, cost
+    )
+
+
+def count_check(work: Path) -> float:
+    """Counted FLOPs of a narrow step over torch's own count of it."""
+    shape = Shape(hidden=256, intermediate=1024, layers=2, heads=4, kv_heads=2)
+    model = LlamaForCausalLM.from_pretrained(random_llama(shape, work)).train()
+    sparsity = sparsify(model, None, SatConfig(total_steps=1, mlp_rate=0.5, attention_rate=0.5))
+    ids = torch.randint(0, 256, (2, 128))
+    batch = Batch(ids, ids.clone(), torch.full((2,), 128))
+    sparsity.choose(0, batch)
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        token_loss(model, batch).total.backward()
+    labels = int((batch.labels_BT[:, 1:] != IGNORED_LABEL).sum())
+    whole_square = Cost(tokens=256, attended_pairs=2 * 128 * 128, labels=labels)
+    return step_flops(sparsity.shape, sparsity.widths, whole_square) / counter.get_total_flops()
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Measured speed-up of a layer against its bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axis = pyplot.subplots(figsize=(6, 5))
+    for hidden in sorted({r["hidden"] for r in rows}):
+        for tokens in sorted({r["tokens"] for r in rows}):
+            points = [(r["bound"], r["speedup"]) for r in rows if (r["hidden"], r["tokens"]) == (hidden, tokens)]  # fmt: skip
+            axis.plot(
+                *zip(*points, strict=True), marker="o", label=f"width {hidden}, {tokens} tokens"
+            )
+    top = max(r["bound"] for r in rows)
+    axis.plot([1, top], [1, top], color="gray", linestyle=":", label="all that FLOPs allow")
+    axis.set(xlabel="bound by counted FLOPs", ylabel="measured speed-up of a layer")
+    axis.legend(fontsize=7)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--plot", type=Path, help="write a plot here")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each arm")
+    args = parser.parse_args()
+    shape = Shape()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        checked = count_check(work)
+        figures, details = whole_steps(shape, work, args.steps)
+    layers = one_layer((512, 2048), (0.25, 0.5, 0.75), rounds=5)
+    figures.append(figure("counted FLOPs over torch's own count", checked, "x"))
+    for arm, shares in details["breakdown"].items():
+        figures += [figure(f"{arm}: {part}", 100 * share, "%") for part, share in shares.items()]
+    print(table(figures))
+    print(
+        "\n| width | tokens | rate | speed-up of a layer | bound | efficiency |\n|---|---|---|---|---|---|"
+    )
+    for r in layers:
+        print(f"| {r['hidden']} | {r['tokens']} | {r['rate']} | {r['speedup']:.2f}x | {r['bound']:.2f}x | {r['efficiency']:.2f} |")  # fmt: skip
+    if args.json:
+        write(args.json, "limit", figures, shape=vars(shape), layers=layers, **details)
+    if args.plot:
+        plot(layers, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Whole runs beside those of other libraries: the same model, data, batch, precision and optimizer, in one run.
+
+    python benchmarks/peers.py [--json FILE] [--plot FILE] [--steps N]
+
+Satune dense and at its presets `balanced` and `fast` with ladder and dense start, Hugging Face's Trainer, TRL's SFTTrainer
+and PEFT's LoRA on the Trainer, advancing in turn. Peak memory and the time to the first step are taken from a process of
+its own for each arm, after warming up, by the kernel's own mark of the highest resident size.
+
+`--device` needs no saying: a GPU is used where there is one, and then precision is bfloat16 for all arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.arms import SatuneArm, Shape, TrainerArm, in_turn, prepared, random_llama
+from benchmarks.report import figure, table, write
+from cli.demo_material import make
+from sat_core.data.corpus import Corpus
+from sat_core.plan.config import TrainConfig
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+SATUNE: dict[str, dict[str, Any]] = {
+    "Satune dense": {"mode": "off"},
+    "Satune balanced": {"mode": "on"},
+    "Satune fast": {"mode": "on", "preset": "fast"},
+}
+# One rate from the first step on: a step's memory, not the dense start's.
+SPARSE_STEP = {
+    "omission_rate": {"mlp": 0.5, "attention": 0.5},
+    "schedule": {"dense_start": 0.0, "sparse_share": 1.0},
+}
+MEMORY_SHAPE = Shape(hidden=512, intermediate=2048, layers=4, heads=8, kv_heads=4, rows=16)
+
+
+def config_of(name: str, sat: dict[str, Any], shape: Shape, steps: int, work: Path) -> TrainConfig:
+    settings = {
+        **sat,
+        "train": {
+            "max_steps": steps,
+            "max_seq_len": shape.width,
+            "learning_rate": LEARNING_RATE,
+            "weight_decay": WEIGHT_DECAY,
+            "micro_batch_size": shape.rows,
+        },
+        "eval": {"every": 0, "forgetting_sequences": 0},
+        "checkpoints": {"every": 0},
+    }
+    return prepared(
+        work / name.replace(" ", "-"),
+        model=random_llama(shape, work),
+        training=make(work).documents[0],
+        sat=settings,
+        batch_size=shape.rows,
+    )
+
+
+def trainer_builders(
+    shape: Shape, steps: int, work: Path, corpus: Path
+) -> dict[str, Callable[[list[Any]], Any]]:
+    """How each other library's arm is made; they train on the sequences of Satune's own corpus."""
+    train = Corpus(corpus, "train")
+    rows = [
+        {"input_ids": ids, "labels": ids}
+        for i in range(min(len(train), steps * shape.rows))
+        for ids in train.batch([i], "cpu").input_ids_BT.tolist()
+    ]
+    shared: dict[str, Any] = {
+        "output_dir": str(work / "trainer"),
+        "per_device_train_batch_size": shape.rows,
+        "max_steps": steps + 4,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "bf16": torch.cuda.is_available(),
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(random_llama(shape, work), dtype=torch.float32)
+
+    def quiet(trainer: Any) -> Any:
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def stock(callbacks: list[Any], adapt: Callable[[Any], Any] = lambda m: m) -> Any:
+        arguments = TrainingArguments(**shared)
+        return quiet(
+            Trainer(model=adapt(model()), args=arguments, train_dataset=rows, callbacks=callbacks)
+        )
+
+    def lora(callbacks: list[Any]) -> Any:
+        settings = LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        return stock(callbacks, lambda m: get_peft_model(m, settings))
+
+    def supervised(callbacks: list[Any]) -> Any:
+        arguments = SFTConfig(**shared, max_length=shape.width, gradient_checkpointing=False)
+        data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows])
+        return quiet(
+            SFTTrainer(model=model(), args=arguments, train_dataset=data, callbacks=callbacks)
+        )
+
+    return {"HF Trainer": stock, "TRL SFTTrainer": supervised, "PEFT LoRA 16": lora}
+
+
+def whole_runs(shape: Shape, steps: int, work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Every arm from its first step to its last, ladder and dense start included."""
+    configs = {name: config_of(name, sat, shape, steps, work) for name, sat in SATUNE.items()}
+    ours = [SatuneArm(name, config, work) for name, config in configs.items()]
+    builders = trainer_builders(shape, steps, work, Path(configs["Satune dense"].corpus))
+    others = [TrainerArm(name, build) for name, build in builders.items()]
+    arms = [*ours, *others]
+    try:
+        seconds = in_turn(arms, steps)
+        counted = {arm.name: arm.run.counters for arm in ours}
+        choices = {
+            arm.name: [event["seconds"] for event in arm.events("selection")] for arm in ours
+        }
+    finally:
+        for arm in arms:
+            arm.close()
+    # An arm's first step pays for warming up.
+    totals = {name: sum(taken[1:]) for name, taken in seconds.items()}
+    tokens = shape.rows * shape.width * (steps - 1)
+    figures = [
+        figure(f"{name}, tokens/s over the run", tokens / total, "")
+        for name, total in totals.items()
+    ]
+    dense = totals["Satune dense"]
+    for name, bar in (("Satune balanced", 1.30), ("Satune fast", 1.45)):
+        counters = counted[name]
+        figures += [
+            figure(f"whole run, {name} over Satune dense", dense / totals[name], "x", bar),
+            figure("its bound by counted FLOPs", counters.dense_flops / counters.flops, "x"),
+        ]
+    paired = [t / d for t, d in zip(seconds["HF Trainer"], seconds["Satune dense"], strict=True)][
+        1:
+    ]
+    quartiles = statistics.quantiles(paired, n=4)
+    figures += [
+        figure("Satune dense over HF Trainer", statistics.median(paired), "x", 1.0, spread=(quartiles[0], quartiles[2])),
+        figure("Satune dense over TRL SFTTrainer", totals["TRL SFTTrainer"] / dense, "x"),
+        figure("Satune balanced over PEFT LoRA", totals["PEFT LoRA 16"] / totals["Satune balanced"], "x"),
+        figure(
+            f"sweeps, probes and refreshes, share of a balanced run of {steps} steps",
+            100 * sum(choices["Satune balanced"]) / totals["Satune balanced"],
+            "%",
+            2.0,
+            "lower",
+        ),
+    ]  # fmt: skip
+    return figures, {"seconds": seconds, "choice_seconds": choices}
+
+
+def alone(arm: str) -> None:
+    """The part of a process of its own: memory of a step above what was there before the model, and the first step's time."""
+    process = psutil.Process()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if arm in ("dense", "sparse"):
+            sat = {"mode": "off"} if arm == "dense" else SPARSE_STEP
+            config = config_of(arm, sat, MEMORY_SHAPE, 1000, work)
+            _trim()
+            before, started = process.memory_info().rss, time.perf_counter()
+            made: Any = SatuneArm(arm, config, work)
+        else:
+            config = config_of(arm, {"mode": "off"}, MEMORY_SHAPE, 1000, work)
+            builders = trainer_builders(MEMORY_SHAPE, 8, work, Path(config.corpus))
+            _trim()
+            before, started = process.memory_info().rss, time.perf_counter()
+            made = TrainerArm(arm, builders[arm])
+        made.advance()
+        first = time.perf_counter() - started
+        made.advance()
+        _trim()
+        # Linux forgets the highest resident size so far: what follows is a step's, not a probe's.
+        Path("/proc/self/clear_refs").write_text("5")
+        made.advance()
+        made.advance()
+        status = Path("/proc/self/status").read_text()
+        peak = next(
+            int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
+        )
+        print(json.dumps({"peak_bytes": peak * 1024 - before, "first_step_seconds": first}))
+        made.close()
+
+
+def _trim() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Peak memory and time to the first step of each arm, each in a process of its own."""
+    found = {}
+    for arm in ("dense", "sparse", "HF Trainer", "TRL SFTTrainer", "PEFT LoRA 16"):
+        made = subprocess.run(
+            [sys.executable, __file__, "--alone", arm], capture_output=True, text=True, check=True
+        )
+        found[arm] = json.loads(made.stdout.splitlines()[-1])
+    mib = {arm: row["peak_bytes"] / 2**20 for arm, row in found.items()}
+    figures = [
+        figure("peak memory of a step, rate .5 over dense", mib["sparse"] / mib["dense"], "x", 0.80, "lower"),
+        *(figure(f"peak memory of a step, {arm}", value, "MiB") for arm, value in mib.items()),
+        *(figure(f"loading and first step, {arm}", row["first_step_seconds"], "s") for arm, row in found.items()),
+    ]  # fmt: skip
+    return figures, found
+
+
+def plot(seconds: dict[str, list[float]], path: Path) -> None:
+    """Steps done against seconds, one line an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axis = pyplot.subplots(figsize=(7, 4.5))
+    for name, taken in seconds.items():
+        elapsed = [sum(taken[1 : i + 1]) for i in range(len(taken))]
+        axis.plot(elapsed, range(len(taken)), label=name)
+    axis.set(xlabel="seconds", ylabel="steps of the run")
+    axis.legend()
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--plot", type=Path, help="write a plot here")
+    parser.add_argument("--steps", type=int, default=100, help="steps of the whole runs")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        alone(args.alone)
+        return
+    shape = Shape(layers=4, rows=2)
+    with tempfile.TemporaryDirectory() as folder:
+        figures, details = whole_runs(shape, args.steps, Path(folder))
+    more, processes = memory() if not torch.cuda.is_available() else ([], {})
+    figures += more
+    print(table(figures))
+    if args.json:
+        write(args.json, "peers", figures, shape=vars(shape), memory_shape=vars(MEMORY_SHAPE), processes=processes, **details)  # fmt: skip
+    if args.plot:
+        plot(details["seconds"], args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""Held-out loss after the same seconds: SAT, dense, LoRA, a random and a fixed subset, each at its own best learning rate.
+
+    python benchmarks/same_clock.py run   [--only demo/far ...] [--seeds 0 1 2] [--data ../shared/data]
+    python benchmarks/same_clock.py table [--plot docs/evidence/same-clock.png]
+
+Every arm gets the seconds that dense training needs for its steps, and as many steps of its own as fit into them, its
+whole schedule fitted to that number. How many fit is found first, with all arms advancing alternately, step by step, over
+a whole schedule: losses do not depend on how busy the machine is, seconds do, so the two are measured apart. Learning
+rates are searched by doubling and halving until it gets worse, on the first seed, the same for every arm.
+
+Two base models: the demo's, first trained here on one half of the documentation of Python's standard library, and, where
+`--data` holds it, karpathy's stories260K. Three tasks each: text near what the base knows (the other half), text far from it,
+and instruction tuning over several epochs. Rows are appended to the JSON Lines file as they come, and what is there is
+not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.arms import SatuneArm, in_turn, prepared, quietly
+from benchmarks.report import Rows, figure, write
+from cli.demo_material import make
+from sat_core.plan.config import TrainConfig
+
+FIRST_RATE = 2e-3
+LORA_RANKS = (8, 32)
+SEEDS = (0, 1, 2)
+BASE_STEPS = 1000
+DENSE_STEPS = 160
+CURVE_POINTS = 8
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an arm trains, as settings laid over the default's `sat` object."""
+
+    name: str
+    sat: dict[str, Any] = field(default_factory=dict)
+
+
+DENSE = Way("dense", {"mode": "off"})
+WAYS = (
+    DENSE,
+    Way("SAT balanced", {"mode": "on"}),
+    Way("SAT fast", {"mode": "on", "preset": "fast"}),
+    *(
+        Way(f"LoRA rank {r}", {"mode": "off", "train": {"tuning": "lora", "lora_rank": r}})
+        for r in LORA_RANKS
+    ),
+    Way(
+        "random subset",
+        {"mode": "on", "importance": {"metric": "uniform"}, "allotment": "uniform"},
+    ),
+    Way("fixed subset", {"mode": "on", "schedule": {"sparse_share": 1.0}}),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A base model and what it is trained on; `steps` are dense training's."""
+
+    name: str
+    model: Path
+    training: Path
+    held_out: Path | None
+    steps: int = DENSE_STEPS
+
+    def config(
+        self, way: Way, *, steps: int, rate: float, seed: int, work: Path, curve: int = CURVE_POINTS
+    ) -> TrainConfig:
+        train = {"max_steps": steps, "learning_rate": rate, "max_seq_len": 128}
+        return prepared(
+            work,
+            model=self.model,
+            training=self.training,
+            validation=self.held_out,
+            seed=seed,
+            batch_size=8,
+            sat={
+                **way.sat,
+                "train": {**way.sat.get("train", {}), **train},
+                "eval": {"every": -(-steps // curve) if curve else 0, "forgetting_sequences": 0},
+                "checkpoints": {"every": 0},
+            },
+        )
+
+
+class Results(Rows):
+    """Two kinds of rows: `clock` says how many steps of an arm fit, `run` what it ended with."""
+
+    def best_rate(self, task: str, arm: str, seed: int) -> float:
+        tried = {
+            r["rate"]: r["after"] for r in self.find(kind="run", task=task, arm=arm, seed=seed)
+        }
+        return float(min(tried, key=lambda rate: tried[rate]))
+
+
+def clock(task: Task, ways: list[Way], work: Path, results: Results) -> dict[str, int]:
+    """Steps of each arm that take as long as all of dense training's, measured side by side."""
+    stored = results.find(kind="clock", task=task.name)
+    if not stored:
+        arms = [
+            SatuneArm(
+                way.name,
+                task.config(way, steps=task.steps, rate=1e-4, seed=0, work=work, curve=0),
+                work,
+            )
+            for way in ways
+        ]
+        try:
+            seconds = in_turn(arms, task.steps)
+        finally:
+            for arm in arms:
+                arm.close()
+        for name, taken in seconds.items():
+            # The first step of an arm pays for warming up.
+            results.add(
+                {"kind": "clock", "task": task.name, "arm": name, "seconds": sum(taken[1:])}
+            )
+        stored = results.find(kind="clock", task=task.name)
+    by_arm = {r["arm"]: r["seconds"] for r in stored}
+    return {arm: round(task.steps * by_arm[DENSE.name] / s) for arm, s in by_arm.items()}
+
+
+def run_once(
+    task: Task, way: Way, *, steps: int, rate: float, seed: int, work: Path, results: Results
+) -> float:
+    """Held-out loss at the end; found, or run now."""
+    key = {"kind": "run", "task": task.name, "arm": way.name, "rate": rate, "seed": seed}
+    if found := results.find(**key):
+        return float(found[0]["after"])
+    folder = Path(tempfile.mkdtemp(dir=work, prefix="run-"))
+    config = task.config(way, steps=steps, rate=rate, seed=seed, work=work)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    quietly("train", folder)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    summary = events[-1]["summary"]
+    flops = {e["step"]: e["flops"] for e in events if e["kind"] == "metrics"}
+    row = results.add(
+        {
+            **key,
+            "steps": steps,
+            "before": summary["eval_loss_before"],
+            "after": summary["eval_loss_after"],
+            "flops": summary["flops"],
+            "probe_flops": summary["probe_flops"],
+            "curve": [
+                [e["step"], flops.get(e["step"], 0), e["eval_loss"]]
+                for e in events
+                if e["kind"] == "evaluation"
+            ],
+        }
+    )
+    print(
+        f"{task.name:17} {way.name:14} {steps:4} steps, rate {rate:g}, seed {seed}: "
+        f"{row['before']:.4f} -> {row['after']:.4f}",
+        flush=True,
+    )
+    return float(row["after"])
+
+
+def tuned(task: Task, way: Way, *, steps: int, seed: int, work: Path, results: Results) -> float:
+    """The best learning rate by doubling and halving from the first until it gets worse."""
+
+    def loss(rate: float) -> float:
+        return run_once(task, way, steps=steps, rate=rate, seed=seed, work=work, results=results)
+
+    best = FIRST_RATE
+    for factor in (2.0, 0.5):
+        while loss(best * factor) < loss(best):
+            best *= factor
+    return best
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    results = Results(args.jsonl)
+    stored = Results(args.rates) if args.rates else None
+    ways = [way for way in WAYS if not args.arms or way.name in args.arms]
+    for task in tasks(args.data, args.work):
+        if args.only and task.name not in args.only:
+            continue
+        steps = clock(task, ways, args.work, results)
+        print(f"{task.name}: steps in the same time: {steps}", flush=True)
+        common: dict[str, Any] = {"work": args.work, "results": results}
+        rates = {
+            way.name: stored.best_rate(task.name, way.name, SEEDS[0])
+            if stored
+            else tuned(task, way, steps=steps[way.name], seed=SEEDS[0], **common)
+            for way in ways
+        }
+        for seed in args.seeds:
+            for way in ways:
+                run_once(
+                    task, way, steps=steps[way.name], rate=rates[way.name], seed=seed, **common
+                )
+    if args.json:
+        write(args.json, "same_clock", figures(results))
+
+
+def tasks(data: Path, work: Path) -> list[Task]:
+    """The demo's three tasks, and those of the real small model where it is."""
+    material = make(work)
+    base, other_half = demo_base(work)
+    found = [
+        Task("demo/near", base, other_half, material.documents[1]),
+        Task("demo/far", base, *material.sources),
+        Task("demo/instruct", base, *material.questions),
+    ]
+    stories = data / "models" / "stories260k-llama"
+    if not stories.exists():
+        print(f"{stories} is not there: only the demo's model is trained")
+        return found
+    texts, rows = data / "datasets" / "pretrain", data / "datasets" / "instruct"
+    return [
+        *found,
+        Task("stories/near", stories, texts / "tinystories_train.txt", None),
+        Task("stories/far", stories, texts / "tinyshakespeare.txt", None),
+        Task("stories/instruct", stories, rows / "gsm8k_train_512_messages.jsonl", None),
+    ]
+
+
+def demo_base(work: Path) -> tuple[Path, Path]:
+    """The demo's model after training on one half of the documentation, and the other half."""
+    material = make(work)
+    rows = material.documents[0].read_text().splitlines(keepends=True)
+    halves = [work / f"documents-{i}.jsonl" for i in (0, 1)]
+    for i, half in enumerate(halves):
+        half.write_text("".join(rows[i::2]))
+    trained = work / "demo-trained-on-half"
+    if not trained.exists():
+        start = work / "models" / material.model.removeprefix("local/")
+        task = Task("base", start, halves[0], material.documents[1])
+        folder = Path(tempfile.mkdtemp(dir=work, prefix="base-"))
+        config = task.config(DENSE, steps=BASE_STEPS, rate=FIRST_RATE, seed=0, work=work)
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        quietly("train", folder)
+        (folder / "model").rename(trained)
+    return trained, halves[1]
+
+
+def figures(results: Results) -> list[dict[str, Any]]:
+    """How much lower than dense each arm ended; the bar is the noise, two standard errors over the seeds."""
+    made = []
+    for task in dict.fromkeys(r["task"] for r in results.find(kind="run")):
+        rows = {row["arm"]: row for row in judged(task, results)}
+        for name, row in rows.items():
+            if name != DENSE.name:
+                noise = 2 * row["lower_sd"] / row["seeds"] ** 0.5
+                bar = noise if name.startswith("SAT") else None
+                made.append(
+                    figure(f"{task}, {name}: below dense by", row["lower_than_dense"], "nats", bar)
+                )
+        lora = max(
+            (r["lower_than_dense"] for n, r in rows.items() if n.startswith("LoRA")), default=None
+        )
+        if lora is not None and "SAT balanced" in rows:
+            ahead = rows["SAT balanced"]["lower_than_dense"] - lora
+            made.append(figure(f"{task}, SAT balanced: below LoRA by", ahead, "nats", 0.0))
+    return made
+
+
+def best_lora(task: str, results: Results) -> str:
+    """The rank that ended lower on the first seed."""
+    names = [w.name for w in WAYS if w.name.startswith("LoRA")]
+
+    def loss(name: str) -> float:
+        found = results.find(kind="run", task=task, arm=name, seed=SEEDS[0])
+        return min((float(r["after"]) for r in found), default=float("inf"))
+
+    return min(names, key=loss)
+
+
+def judged(task: str, results: Results) -> list[dict[str, Any]]:
+    """One row an arm: loss at its best learning rate, over seeds, and how much lower than dense of the same seed.
+
+    `outside_noise` is true where the mean difference is more than two standard errors away from zero, all seeds agreeing.
+    """
+    clocks = {r["arm"]: r["seconds"] for r in results.find(kind="clock", task=task)}
+    tuned_at = {arm: results.best_rate(task, arm, SEEDS[0]) for arm in clocks}
+    after = {
+        arm: {r["seed"]: r for r in results.find(kind="run", task=task, arm=arm, rate=rate)}
+        for arm, rate in tuned_at.items()
+    }
+    rows = []
+    for arm, runs in after.items():
+        shared = sorted(runs.keys() & after[DENSE.name].keys())
+        lower = [after[DENSE.name][s]["after"] - runs[s]["after"] for s in shared]
+        losses = [runs[s]["after"] for s in sorted(runs)]
+        error = statistics.stdev(lower) / len(lower) ** 0.5 if len(lower) > 1 else float("inf")
+        mean = statistics.mean(lower)
+        rows.append(
+            {
+                "arm": arm,
+                "rate": tuned_at[arm],
+                "steps": next(iter(runs.values()))["steps"],
+                "speedup": clocks[DENSE.name] / clocks[arm],
+                "flops": statistics.mean(r["flops"] for r in runs.values()),
+                "before": next(iter(runs.values()))["before"],
+                "loss": statistics.mean(losses),
+                "loss_sd": statistics.stdev(losses) if len(losses) > 1 else 0.0,
+                "lower_than_dense": mean,
+                "lower_sd": statistics.stdev(lower) if len(lower) > 1 else 0.0,
+                "outside_noise": abs(mean) > 2 * error and len({d > 0 for d in lower}) == 1,
+                "seeds": len(losses),
+            }
+        )
+    return rows
+
+
+def table(args: argparse.Namespace) -> None:
+    """Markdown, and a plot of held-out loss against seconds and against FLOPs."""
+    results = Results(args.jsonl)
+    names = list(dict.fromkeys(r["task"] for r in results.find(kind="run")))
+    for name in names:
+        rows = judged(name, results)
+        print(f"\n**{name}**: held-out loss {rows[0]['before']:.3f} before\n")
+        print(
+            "| arm | steps in the same time | step over dense step | learning rate | FLOPs | held-out loss | seeds | lower than dense by | outside noise |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
+        dense_flops = next(r["flops"] for r in rows if r["arm"] == DENSE.name)
+        for r in rows:
+            print(
+                f"| {r['arm']} | {r['steps']} | {r['speedup']:.2f}x faster | {r['rate']:g} | {r['flops'] / dense_flops:.2f} | "
+                f"{r['loss']:.4f} ± {r['loss_sd']:.4f} | {r['seeds']} | {r['lower_than_dense']:+.4f} ± {r['lower_sd']:.4f} | "
+                f"{'yes' if r['outside_noise'] else 'no'} |"
+            )
+    if args.plot:
+        plot(names, results, args.plot)
+
+
+def plot(names: list[str], results: Results, path: Path) -> None:
+    """One row of panels a task: loss against seconds, and against FLOPs; first seed, best learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(names), 2, figsize=(11, 3.2 * len(names)), squeeze=False)
+    for row, name in zip(axes, names, strict=True):
+        lora = best_lora(name, results)
+        for clock_row in results.find(kind="clock", task=name):
+            arm = clock_row["arm"]
+            if arm.startswith("LoRA") and arm != lora:
+                continue
+            rate = results.best_rate(name, arm, SEEDS[0])
+            found = results.find(kind="run", task=name, arm=arm, rate=rate, seed=SEEDS[0])[0]
+            step_seconds = clock_row["seconds"] / (DENSE_STEPS - 1)
+            points = found["curve"]
+            style = {"label": arm, "linewidth": 1.6, "marker": "."}
+            row[0].plot([p[0] * step_seconds for p in points], [p[2] for p in points], **style)
+            row[1].plot([p[1] for p in points], [p[2] for p in points], **style)
+        row[0].set(title=name, xlabel="seconds of training", ylabel="held-out loss")
+        row[1].set(title=name, xlabel="FLOPs")
+        row[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("var/same-clock"))
+    parser.add_argument("--jsonl", type=Path, default=Path("docs/evidence/same-clock.jsonl"))
+    parser.add_argument("--json", type=Path, help="write figures here, after a run")
+    parser.add_argument("--arms", nargs="*", help="arms to run; dense must be among them")
+    parser.add_argument("--rates", type=Path, help="take learning rates from this file of rows")
+    parser.add_argument("--only", nargs="*", help="tasks to run, as in demo/far")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--plot", type=Path, help="write a plot here")
+    args = parser.parse_args()
+    {"run": run, "table": table}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
