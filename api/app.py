@@ -20,7 +20,7 @@ from api.dashboard import pages
 from api.deps import Services
 from api.gate import Gate
 from api.limiter import Limiter
-from api.routes import files, fine_tuning, health, limits, models, organization, webhooks
+from api.routes import after, files, fine_tuning, health, limits, models, organization, webhooks
 from api.uploads import PARTIAL
 from jobs.artifacts import Artifacts
 from jobs.db import make_engine
@@ -71,6 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in (
         files.router,
         fine_tuning.router,
+        after.router,
         models.router,
         organization.router,
         limits.router,

@@ -76,6 +76,7 @@ ERRORS: dict[str, ErrorSpec] = {
     "last_admin_key": ErrorSpec(409, "A lasting key with scope admin must remain"),
     "project_not_archivable": ErrorSpec(409, "The project must stay"),
     "idempotency_in_progress": ErrorSpec(409, "The same request is still being answered"),
+    "not_finished": ErrorSpec(409, "The job has not ended"),
     "result_not_ready": ErrorSpec(409, "The job has no result"),
     "file_too_large": ErrorSpec(413, "The file is too large"),
     "request_too_large": ErrorSpec(413, "The request is too large"),

@@ -22,6 +22,7 @@ from jobs.quotas import in_turn, may_start, take_queue_place
 from jobs.reads import Reads, find_job, job_record
 from jobs.receipts import Receipt, Receipts, keep
 from jobs.recording import add_event, apply
+from jobs.reports import Reports
 from jobs.roster import Roster
 from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewJob, new_id
 from jobs.states import HELD, TERMINAL, WAITING, Desired, Stage, Status, allowed
@@ -29,7 +30,7 @@ from jobs.tenants import Tenants
 from jobs.webhooks import Webhooks
 
 
-class Store(Library, Reads, Roster, Tenants, Receipts, Webhooks, Chores):
+class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores):
     """The job store. One method is one transaction."""
 
     def create_job(self, project: str, new: NewJob, receipt: Receipt | None = None) -> JobRecord:

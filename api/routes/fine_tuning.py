@@ -28,24 +28,26 @@ router = APIRouter(
 
 JobLimit = Annotated[int, Query(ge=1, le=100)]
 
+CREATE_CODES = (
+    "invalid_value",
+    "missing_required_parameter",
+    "unknown_parameter",
+    "unsupported_parameter",
+    "conflicting_parameters",
+    "unknown_model",
+    "file_not_found",
+    "request_too_large",
+    "queue_quota_exceeded",
+    *once.CODES,
+)
+
 
 @router.post(
     "",
     operation_id="createFineTuningJob",
     response_model=FineTuningJob,
     openapi_extra=openapi_body(),
-    responses=answers(
-        "invalid_value",
-        "missing_required_parameter",
-        "unknown_parameter",
-        "unsupported_parameter",
-        "conflicting_parameters",
-        "unknown_model",
-        "file_not_found",
-        "request_too_large",
-        "queue_quota_exceeded",
-        *once.CODES,
-    ),
+    responses=answers(*CREATE_CODES),
 )
 async def create_job(
     request: Request, background: BackgroundTasks, app: App, key: Caller, creating: once.Creating
@@ -54,7 +56,7 @@ async def create_job(
     create = check(await json_object(request))
     response = await creating.run(
         create.fingerprint,
-        lambda receipt: _create(app, key.project, create, receipt),
+        lambda receipt: start_job(app, key.project, create, receipt),
         lambda job: FineTuningJob.of(job, app),
         location=router.prefix,
     )
@@ -64,7 +66,8 @@ async def create_job(
     return response
 
 
-def _create(app: Services, project: str, create: CreateJob, receipt: Receipt) -> JobRecord:
+def start_job(app: Services, project: str, create: CreateJob, receipt: Receipt) -> JobRecord:
+    """Accept a job whose files and model exist. Raises ApiError where one does not."""
     new = NewJob(
         request=create.run.to_dict(),
         model=create.run.model,

@@ -1,0 +1,111 @@
+"""`/v1/fine_tuning/jobs/{id}/report` and `/clone`: what became of a run, and the same run once more with changes."""
+
+from typing import Any
+
+from fastapi import APIRouter, BackgroundTasks, Depends, Request
+from fastapi.concurrency import run_in_threadpool
+
+from api import once
+from api.auth import Caller, require_key
+from api.deps import App
+from api.errors import ApiError
+from api.routes.fine_tuning import CREATE_CODES, start_job
+from api.schemas.create import check, json_object
+from api.schemas.jobs import FineTuningJob
+from api.schemas.problems import answers
+from api.schemas.report import JobReport
+from jobs.spec import JobRecord
+from jobs.states import TERMINAL
+
+router = APIRouter(
+    prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], dependencies=[Depends(require_key)]
+)
+
+
+@router.get(
+    "/{job_id}/report",
+    operation_id="retrieveFineTuningJobReport",
+    responses=answers("job_not_found", "not_finished"),
+)
+def retrieve_report(job_id: str, app: App, key: Caller) -> JobReport:
+    """What a run cost and what sparsity saved, what became of the model; of a job that has ended, well or not."""
+    run = app.store.get_run(key.project, job_id)
+    if run.job.status not in TERMINAL:
+        raise ApiError(
+            "not_finished",
+            f"Job {job_id} is {run.job.status}; there is a report once it has succeeded, failed or been cancelled.",
+        )
+    return JobReport.of(run)
+
+
+@router.post(
+    "/{job_id}/clone",
+    operation_id="cloneFineTuningJob",
+    response_model=FineTuningJob,
+    responses=answers("job_not_found", "invalid_request", *CREATE_CODES),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {
+                        "type": "object",
+                        "description": "Changes to the job's own create body, as a JSON Merge Patch (RFC 7396): "
+                        "objects are merged, null takes a value back to its default.",
+                    },
+                    "examples": {"faster": {"value": {"sat": {"omission_rate": {"mlp": 0.6}}}}},
+                }
+            },
+        }
+    },
+)
+async def clone_job(
+    job_id: str,
+    request: Request,
+    background: BackgroundTasks,
+    app: App,
+    key: Caller,
+    creating: once.Creating,
+) -> Any:
+    """Start a job like this one, with the changes that the body says; it is checked as any create is."""
+    changes = await json_object(request)
+    job = await run_in_threadpool(app.store.get_job, key.project, job_id)
+    create = check(merge_patch(create_body(job, by_method="method" in changes), changes))
+    response = await creating.run(
+        once.fingerprint(changes),
+        lambda receipt: start_job(app, key.project, create, receipt),
+        lambda made: FineTuningJob.of(made, app),
+        location=router.prefix,
+    )
+    # A response made by hand carries its own background.
+    background.add_task(app.bell.ring)
+    response.background = background
+    return response
+
+
+def create_body(job: JobRecord, *, by_method: bool) -> dict[str, Any]:
+    """A body that creates a job like this one; its hyperparameters stand where the changes speak of them."""
+    asked = dict(job.request)
+    hyper = asked.pop("hyperparameters", None)
+    method = {"type": "supervised", "supervised": {"hyperparameters": hyper}}
+    return {
+        **asked,
+        **({"method": method} if by_method else {"hyperparameters": hyper}),
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "suffix": job.suffix,
+        "metadata": job.metadata,
+    }
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """The target changed as RFC 7396 says."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = merge_patch(merged.get(name), value)
+    return merged
