@@ -37,7 +37,7 @@ from sat_core.pieces import (
     out_rows,
     weight_score,
 )
-from sat_core.plan.config import GRADIENT_METRICS
+from sat_core.plan.config import GRADIENT_METRICS, WEIGHT_METRICS
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from sat_core.slicing import SlicedBlock
 
 ERROR_TOKENS = 512
-WEIGHT_METRICS = ("magnitude", "uniform")
 
 Inputs = Batch | Mapping[str, Tensor]
 """A batch of ours, or keyword arguments of the model's forward, `labels` and `attention_mask` among them."""

@@ -25,10 +25,10 @@ from sat_core.blocks import Anatomy, attention_block, mlp_block
 from sat_core.parallel import Parallel
 from sat_core.pieces import probe_grid, weight_score
 from sat_core.plan.accounting import Widths
-from sat_core.plan.config import SatConfig
+from sat_core.plan.config import WEIGHT_METRICS, SatConfig
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE, GPU_WIDTH_MULTIPLE
-from sat_core.probe import WEIGHT_METRICS, Inputs, Probe, Seen
+from sat_core.probe import Inputs, Probe, Seen
 from sat_core.selection import select
 from sat_core.slicing import SlicedBlock
 from sat_core.widths import curve_of, stage_widths

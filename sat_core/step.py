@@ -18,6 +18,7 @@ from sat_core.data.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
 from sat_core.plan.accounting import Cost, Widths, forward_flops, step_flops
 from sat_core.plan.errors import PlanError
+from sat_core.plan.quote import probe_rows
 from sat_core.plan.schedule import learning_rate_at
 from sat_core.progress import StepResult
 
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from sat_core.sparsity import Refresh
 
 MAX_BAD_STEPS = 5
-# What the probes of a whole ladder may see of a run, within bounds for one probe in tokens: 256 chose as well as 1,024
-# (docs/evidence/ablation.md).
-PROBE_SHARE = 0.01
-MIN_PROBE_TOKENS, MAX_PROBE_TOKENS = 256, 4096
 
 
 class Made(NamedTuple):
@@ -89,11 +86,8 @@ class Stepper:
 
     def _probe_rows(self, width: int) -> int:
         """Sequences of this rank that a probe looks at; all ranks together see what one process sees."""
-        config, parallel = self.config, self.parts.parallel
-        stages = sum(phase.share > 0 for phase in config.sat.ladder.phases())
-        rows = PROBE_SHARE * config.total_steps * config.batch_size / max(1, stages)
-        fewest, most = MIN_PROBE_TOKENS / width, MAX_PROBE_TOKENS // width
-        return max(1, round(max(fewest, min(rows, most)) / parallel.world))
+        config, world = self.config, self.parts.parallel.world
+        return probe_rows(config.sat, config.batch_size, width, world)
 
     def _choose(self, batch: Batch) -> Refresh | None:
         """Who is awake; once a step, however often it is tried."""

@@ -24,6 +24,7 @@ Metric = Literal[
 ]
 # Metrics that need the gradient of a loss; the others see a forward, or only the weights.
 GRADIENT_METRICS = ("fisher", "taylor")
+WEIGHT_METRICS = ("magnitude", "uniform")
 Selector = Literal["top_k", "sample", "mixed"]
 Preset = Literal["safe", "balanced", "fast"]
 # Omission rates of MLP channels and of KV groups.

@@ -91,7 +91,7 @@ def resolve(
     epochs = hyper.n_epochs or (1 if figures["format"] == "text" else 3)
     steps = sat.train.max_steps or epochs * per_epoch
     peak = _learning_rate(request, shape)
-    sat_config, warnings = _sat_config(request, shape, steps, seq_len)
+    sat_config, warnings = resolve_sat(request, shape, steps, seq_len)
     _refuse_unshardable(request, shape)
     micro = min(
         batch,
@@ -174,9 +174,14 @@ def _learning_rate(request: RunRequest, shape: ModelShape) -> float:
     )
 
 
-def _sat_config(
+def resolve_sat(
     request: RunRequest, shape: ModelShape, steps: int, seq_len: int
 ) -> tuple[SatConfig, list[str]]:
+    """The part that is the method, for a run of so many steps on sequences of so many tokens; and what to say of it.
+
+    Raises:
+        ConfigError: for settings that contradict each other or the model.
+    """
     sat = request.sat
     asked = sat.omission_rate
     explicit = asked.mlp is not None or asked.attention is not None
