@@ -18,9 +18,23 @@ from api import errors
 from api.auth import session_secret
 from api.dashboard import pages
 from api.deps import Services
+from api.followers import Followers
 from api.gate import Gate
+from api.head import Head
 from api.limiter import Limiter
-from api.routes import after, files, fine_tuning, health, limits, models, organization, webhooks
+from api.queueing import Queueing
+from api.routes import (
+    after,
+    files,
+    fine_tuning,
+    health,
+    job_run,
+    limits,
+    models,
+    organization,
+    queue,
+    webhooks,
+)
 from api.uploads import PARTIAL
 from jobs.artifacts import Artifacts
 from jobs.db import make_engine
@@ -52,6 +66,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             bell=bell,
             session_secret=session_secret(chosen.data_dir),
             limiter=Limiter(chosen.broker_url),
+            followers=Followers(store, streams_per_key=chosen.streams_per_key),
+            queueing=Queueing(store, chosen),
         )
         yield
         engine.dispose()
@@ -66,12 +82,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
+    app.add_middleware(Head)
     app.add_middleware(Gate, allowed_hosts=chosen.allowed_hosts)
     errors.install(app)
     for router in (
         files.router,
         fine_tuning.router,
         after.router,
+        job_run.router,
+        queue.router,
         models.router,
         organization.router,
         limits.router,

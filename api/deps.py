@@ -6,7 +6,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from api.followers import Followers
 from api.limiter import Limiter
+from api.queueing import Queueing
 from jobs.artifacts import Artifacts
 from jobs.errors import NotFound
 from jobs.queue import Bell
@@ -24,6 +26,8 @@ class Services:
     bell: Bell
     session_secret: str
     limiter: Limiter
+    followers: Followers
+    queueing: Queueing
 
     def model_path(self, project: str, name: str) -> Path | None:
         """Folder of the result `name`, or None where it was deleted."""

@@ -2,6 +2,7 @@
 
     files/<file id>          uploads            runs/<job>/<attempt>/    run folders, one per attempt
     corpora/                 tokenised data     results/<job>/<attempt>/ models that jobs made
+    pinned/<job>/<id>/       checkpoints that people keep
     models/<name>/           local base models  satune.db                SQLite, where that is the database
 
 A run folder belongs to one attempt, so a process that has lost its lease can never write into its successor's. Results
@@ -11,8 +12,11 @@ keep the attempt in their path for the same reason: the fenced row says which on
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +69,32 @@ class Artifacts:
     def result(self, job_id: str, attempt: int) -> Path:
         """Where the model of an attempt lies, once it is the result."""
         return self.data_dir / "results" / job_id / str(attempt)
+
+    def link_checkpoint(self, relative: str, job_id: str, checkpoint_id: str) -> str:
+        """A second name for a checkpoint's bytes, out of reach of its run; the path that a row keeps of it.
+
+        Raises:
+            FileNotFoundError: the run has deleted the checkpoint.
+        """
+        source = self.absolute(relative)
+        target = self.data_dir / "pinned" / job_id / checkpoint_id / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as aside:
+            copy = Path(aside) / source.name
+            try:
+                shutil.copytree(source, copy, copy_function=os.link)
+                names = json.loads((copy / "MANIFEST.json").read_text("utf-8"))
+                if not all((copy / name).is_file() for name in names):
+                    raise FileNotFoundError(f"{relative} was deleted while it was linked")
+            except shutil.Error as error:
+                raise FileNotFoundError(f"{relative} was deleted while it was linked") from error
+            try:
+                os.rename(copy, target)
+            except OSError:
+                # Somebody else pinned it in the same moment: the same bytes.
+                if not target.is_dir():
+                    raise
+        return self.relative(target)
 
     def relative(self, path: Path) -> str:
         """The form in which rows keep a path, so that a data folder may move."""

@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from jobs.errors import FileInUse, InvalidCursor, NotFound
 from jobs.models import FileRow, JobRow, ModelRow
+from jobs.names import find_checkpoint
 from jobs.quotas import take_storage
 from jobs.receipts import Receipt, keep
 from jobs.spec import FileRecord, ModelRecord, NewFile, Page
@@ -24,7 +25,7 @@ class Library(Transactions):
         """Register an upload whose bytes lie in the data folder. Raises QuotaExceeded, InProgress."""
         with self.writing() as session:
             take_storage(session, project, file.bytes)
-            row = FileRow(project=project, created_at=time.time(), **dataclasses.asdict(file))
+            row = file_row(project, file)
             session.add(row)
             session.flush()
             record = _file(row)
@@ -87,14 +88,31 @@ class Library(Transactions):
             return [_model(row) for row in session.scalars(query)]
 
     def get_model(self, project: str, name: str) -> ModelRecord:
-        """One result by its public name. Raises NotFound."""
+        """One result, or a checkpoint, by its public name. Raises NotFound."""
         with self.reading() as session:
-            return _model(_find_model(session, project, name))
+            found = find_checkpoint(session, project, name)
+            if found is None:
+                return _model(_find_model(session, project, name))
+            job, checkpoint = found
+            return ModelRecord(
+                seq=checkpoint.seq,
+                id=name,
+                project=project,
+                job_id=job.id,
+                base=job.model,
+                path=f"{checkpoint.path}/model",
+                created_at=checkpoint.created_at,
+            )
 
     def delete_model(self, project: str, name: str) -> None:
         """Forget a result; its folder is the caller's to remove. Raises NotFound."""
         with self.writing() as session:
             session.delete(_find_model(session, project, name))
+
+
+def file_row(project: str, file: NewFile) -> FileRow:
+    """The row of a file whose bytes lie in the data folder."""
+    return FileRow(project=project, created_at=time.time(), **dataclasses.asdict(file))
 
 
 def _files_of(training: str, validation: str | None, request: dict[str, Any]) -> set[str | None]:

@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -189,6 +190,8 @@ class JobRow(Base):
     trained_tokens: Mapped[int | None]
     fine_tuned_model: Mapped[str | None] = mapped_column(String(700))
     summary: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    # The file of its metrics.
+    result_file: Mapped[str | None] = mapped_column(String(40))
 
 
 class AttemptRow(Base):
@@ -228,6 +231,16 @@ class MetricRow(Base):
     """One row for each step; step 0 holds the evaluation before training."""
 
     __tablename__ = "metrics"
+    __table_args__ = (
+        # Evaluations are few among millions of steps, and every chart asks for them all.
+        Index(
+            "ix_metrics_evaluations",
+            "job_id",
+            "step",
+            sqlite_where=text("eval_loss IS NOT NULL"),
+            postgresql_where=text("eval_loss IS NOT NULL"),
+        ),
+    )
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     attempt: Mapped[int]
@@ -248,6 +261,20 @@ class MetricRow(Base):
     memory_bytes: Mapped[int | None]
 
 
+class MetricSpanRow(Base):
+    """Where the loss is lowest and highest in a span of steps; `jobs.spans` says why."""
+
+    __tablename__ = "metric_spans"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    span: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    low_step: Mapped[int]
+    low_loss: Mapped[float]
+    high_step: Mapped[int]
+    high_loss: Mapped[float]
+    # Whether an omission rate changes in it, or on the way into it.
+    changes: Mapped[bool]
+
+
 class CheckpointRow(Base):
     """A checkpoint counts from the moment its row stands here, written under the fence."""
 
@@ -262,6 +289,8 @@ class CheckpointRow(Base):
     size_bytes: Mapped[int]
     metrics: Mapped[dict[str, Any]]
     created_at: Mapped[float]
+    # Where a pinned checkpoint lay in its run folder; null where it is not pinned.
+    pinned_from: Mapped[str | None] = mapped_column(String(512))
 
 
 class ModelRow(Base):

@@ -10,13 +10,10 @@ from sqlalchemy.orm import Session
 
 from jobs.errors import InvalidCursor, NotFound
 from jobs.library import record_of
-from jobs.models import CheckpointRow, EventRow, JobRow, MetricRow
+from jobs.models import CheckpointRow, EventRow, JobRow
 from jobs.spec import CheckpointRecord, EventRecord, JobRecord, Page
 from jobs.transactions import Transactions
 
-METRIC_COLUMNS = tuple(
-    c.name for c in MetricRow.__table__.columns if c.name not in ("job_id", "attempt")
-)
 _TAG_SCAN = 500
 
 
@@ -78,7 +75,7 @@ class Reads(Transactions):
     ) -> Page[EventRecord]:
         """What was told of a job. Raises NotFound, InvalidCursor."""
         with self.reading() as session:
-            find_job(session, project, job_id)
+            job_exists(session, project, job_id)
             query = select(EventRow).where(EventRow.job_id == job_id)
             if after:
                 seq = session.scalar(
@@ -93,26 +90,12 @@ class Reads(Transactions):
             found = [record_of(EventRecord, row) for row in session.scalars(query)]
         return Page(items=tuple(found[:limit]), has_more=len(found) > limit)
 
-    def metrics(
-        self, project: str, job_id: str, *, after_step: int = -1, limit: int = 1000
-    ) -> tuple[tuple[str, ...], list[list[Any]], bool]:
-        """(column names, rows with step > `after_step` in order, whether there are more). Raises NotFound."""
-        with self.reading() as session:
-            find_job(session, project, job_id)
-            columns = [getattr(MetricRow, name) for name in METRIC_COLUMNS]
-            query = select(*columns).where(MetricRow.job_id == job_id, MetricRow.step > after_step)
-            rows = [
-                list(row)
-                for row in session.execute(query.order_by(MetricRow.step).limit(limit + 1))
-            ]
-        return METRIC_COLUMNS, rows[:limit], len(rows) > limit
-
     def checkpoints(
         self, project: str, job_id: str, *, after: str | None = None, limit: int = 10
     ) -> Page[CheckpointRecord]:
         """Checkpoints, newest first. Raises NotFound, InvalidCursor."""
         with self.reading() as session:
-            find_job(session, project, job_id)
+            job_exists(session, project, job_id)
             query = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
             if after:
                 step = session.scalar(
@@ -134,6 +117,13 @@ def find_job(session: Session, project: str, job_id: str) -> JobRow:
     if row is None:
         raise NotFound.of("job", job_id)
     return row
+
+
+def job_exists(session: Session, project: str, job_id: str) -> None:
+    """Raises NotFound where the project has no such job; cheaper than finding it."""
+    query = select(JobRow.seq).where(JobRow.project == project, JobRow.id == job_id)
+    if session.scalar(query) is None:
+        raise NotFound.of("job", job_id)
 
 
 def job_record(row: JobRow) -> JobRecord:

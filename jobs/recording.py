@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from jobs.db import is_postgresql
 from jobs.models import CheckpointRow, EventRow, JobRow, MetricRow
+from jobs.spans import summarise
 from jobs.spec import new_id
 
 _STEP_COLUMNS = (
@@ -71,6 +72,7 @@ def apply(
             handler(session, job, attempt, run, event)
     if steps:
         _upsert(session, job.id, attempt, steps, _STEP_COLUMNS)
+        summarise(session, job.id, (event["step"] for event in steps))
         _progress(job, steps)
 
 
@@ -137,23 +139,22 @@ def _evaluation(
 def _checkpoint(
     session: Session, job: JobRow, attempt: int, run: str, event: dict[str, Any]
 ) -> None:
-    session.execute(
-        delete(CheckpointRow).where(
-            CheckpointRow.job_id == job.id, CheckpointRow.step == event["step"]
+    same = (CheckpointRow.job_id == job.id, CheckpointRow.step == event["step"])
+    session.execute(delete(CheckpointRow).where(*same, CheckpointRow.pinned_from.is_(None)))
+    # A step that is trained again makes the same checkpoint; the one that a person pinned stays.
+    if session.scalar(select(CheckpointRow.id).where(*same)) is None:
+        session.add(
+            CheckpointRow(
+                id=new_id("ftckpt_"),
+                job_id=job.id,
+                attempt=attempt,
+                step=event["step"],
+                path=f"{run}/{event['path']}",
+                size_bytes=event["size_bytes"],
+                metrics=event["metrics"],
+                created_at=event["time"],
+            )
         )
-    )
-    session.add(
-        CheckpointRow(
-            id=new_id("ftckpt_"),
-            job_id=job.id,
-            attempt=attempt,
-            step=event["step"],
-            path=f"{run}/{event['path']}",
-            size_bytes=event["size_bytes"],
-            metrics=event["metrics"],
-            created_at=event["time"],
-        )
-    )
     add_event(
         session,
         job.id,

@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     )
     max_file_bytes: int = Field(512 * MIB, ge=1, description="Largest upload.")
 
+    streams_per_key: int = Field(20, ge=1, description="Event streams a key may hold open.")
+
     webhook_networks: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Private networks that webhooks may be sent to, as 10.0.0.0/8, comma-separated.",

@@ -212,6 +212,7 @@ class JobRecord:
     omission_rate_attention: float | None
     eta_seconds: float | None
     summary: dict[str, Any] | None
+    result_file: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +243,7 @@ class CheckpointRecord:
     size_bytes: int
     metrics: dict[str, Any]
     created_at: float
+    pinned_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

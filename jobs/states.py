@@ -50,13 +50,16 @@ TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED})
 ACTIVE = frozenset(Status) - TERMINAL
 
 TRANSITIONS: dict[Status, frozenset[Status]] = {
-    Status.VALIDATING_FILES: frozenset({Status.QUEUED, Status.FAILED, Status.CANCELLED}),
+    Status.VALIDATING_FILES: frozenset(
+        {Status.QUEUED, Status.FAILED, Status.PAUSED, Status.CANCELLED}
+    ),
     Status.QUEUED: frozenset({Status.RUNNING, Status.PAUSED, Status.CANCELLED}),
     # Back to queued: its worker died, crashed, or was told to shut down.
     Status.RUNNING: frozenset(
         {Status.SUCCEEDED, Status.FAILED, Status.PAUSED, Status.CANCELLED, Status.QUEUED}
     ),
-    Status.PAUSED: frozenset({Status.QUEUED, Status.CANCELLED}),
+    # Back to where it was paused: before its data were ready, or after.
+    Status.PAUSED: frozenset({Status.VALIDATING_FILES, Status.QUEUED, Status.CANCELLED}),
     Status.SUCCEEDED: frozenset(),
     Status.FAILED: frozenset(),
     Status.CANCELLED: frozenset(),

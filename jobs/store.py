@@ -15,22 +15,42 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from jobs.chores import Chores
-from jobs.errors import JobTerminal, LeaseLost
-from jobs.library import Library, record_of
+from jobs.errors import LeaseLost
+from jobs.library import Library, file_row, record_of
+from jobs.measures import Measures
 from jobs.models import AttemptRow, CheckpointRow, JobRow, ModelRow
+from jobs.moves import count_failure, end, fail_row, give_back, move, obey, tell
+from jobs.pins import Pins
+from jobs.pulses import Pulses
 from jobs.quotas import in_turn, may_start, take_queue_place
-from jobs.reads import Reads, find_job, job_record
+from jobs.reads import Reads, job_record
 from jobs.receipts import Receipt, Receipts, keep
 from jobs.recording import add_event, apply
 from jobs.reports import Reports
 from jobs.roster import Roster
-from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewJob, new_id
-from jobs.states import HELD, TERMINAL, WAITING, Desired, Stage, Status, allowed
+from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewFile, NewJob, new_id
+from jobs.states import HELD, WAITING, Desired, Stage, Status
 from jobs.tenants import Tenants
+from jobs.waiting import Waiting
 from jobs.webhooks import Webhooks
+from jobs.wishes import Wishes
 
 
-class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores):
+class Store(
+    Library,
+    Reads,
+    Reports,
+    Measures,
+    Roster,
+    Tenants,
+    Receipts,
+    Webhooks,
+    Chores,
+    Wishes,
+    Pins,
+    Pulses,
+    Waiting,
+):
     """The job store. One method is one transaction."""
 
     def create_job(self, project: str, new: NewJob, receipt: Receipt | None = None) -> JobRecord:
@@ -70,27 +90,6 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
             keep(session, receipt, record)
             return record
 
-    def cancel_job(self, project: str, job_id: str) -> JobRecord:
-        """Cancel at once where nobody works on it, else ask its owner; cancelled stays cancelled.
-
-        Raises:
-            NotFound: no such job.
-            JobTerminal: it has succeeded or failed.
-        """
-        with self.writing() as session:
-            row = _locked(session, find_job(session, project, job_id))
-            if row.status in TERMINAL and row.status != Status.CANCELLED:
-                error = JobTerminal(f"{job_id} has {row.status}; an ended job cannot be cancelled")
-                error.status = row.status
-                raise error
-            if row.status != Status.CANCELLED and row.owner is None:
-                _end(session, row, Status.CANCELLED, "by_user", "Cancelled")
-            elif row.status != Status.CANCELLED and row.desired != Desired.CANCEL:
-                row.desired = Desired.CANCEL
-                _tell(session, row, "cancelling", "Cancelling: the current step ends first")
-            session.flush()
-            return job_record(row)
-
     def claim(self, worker_id: str, stage: Stage) -> Claim | None:
         """Take the waiting job whose project holds least, the oldest of those; None where there is none."""
         now = time.time()
@@ -108,7 +107,7 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
             if row is None or not may_start(session, row.project, stage):
                 return None
             row.owner, row.attempt, row.heartbeat_seq = worker_id, row.attempt + 1, 0
-            _move(row, HELD[stage])
+            move(row, HELD[stage])
             row.started_at = row.started_at or now
             session.add(
                 AttemptRow(
@@ -119,7 +118,7 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
                     started_at=now,
                 )
             )
-            _tell(
+            tell(
                 session,
                 row,
                 "starting",
@@ -178,19 +177,32 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
             for warning in row.warnings:
                 add_event(session, row.id, warning, kind="message", level="warn")
             self._end_attempt(session, claim, "prepared")
-            if row.desired == Desired.CANCEL:
-                _end(session, row, Status.CANCELLED, "by_user", "Cancelled")
-                return
             row.owner = None
-            _move(row, Status.QUEUED)
-            _tell(session, row, "waiting_for_gpu", "Waiting for a free slot to train in")
+            move(row, Status.QUEUED)
+            if not obey(session, row):
+                tell(session, row, "waiting_for_gpu", "Waiting for a free slot to train in")
 
-    def finish_train(self, claim: Claim, *, model: str, path: str, summary: dict[str, Any]) -> None:
-        """The job has succeeded: name and folder of its model, and what was measured. Raises LeaseLost."""
+    def finish_train(
+        self,
+        claim: Claim,
+        *,
+        model: str,
+        path: str,
+        summary: dict[str, Any],
+        table: NewFile | None = None,
+    ) -> None:
+        """The job has succeeded: name and folder of its model, what was measured, the file of its metrics.
+
+        Raises:
+            LeaseLost: nothing was written.
+        """
         with self.writing() as session:
             row = self._fenced(session, claim)
             self._end_attempt(session, claim, "succeeded")
             row.fine_tuned_model, row.summary = model, summary
+            if table is not None:
+                session.add(file_row(row.project, table))
+                row.result_file = table.id
             row.trained_tokens = summary.get("trained_tokens", row.trained_tokens)
             session.add(
                 ModelRow(
@@ -202,14 +214,14 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
                     created_at=time.time(),
                 )
             )
-            _end(session, row, Status.SUCCEEDED, "done", f"Succeeded: {model}")
+            end(session, row, Status.SUCCEEDED, "done", f"Succeeded: {model}")
 
     def fail(self, claim: Claim, error: dict[str, Any]) -> None:
         """The job has failed for a reason that trying again does not mend. Raises LeaseLost."""
         with self.writing() as session:
             row = self._fenced(session, claim)
             self._end_attempt(session, claim, "failed")
-            _fail(session, row, error)
+            fail_row(session, row, error)
 
     def release(self, claim: Claim, reason: str) -> None:
         """Give a job back unharmed: its worker ends, or a stop was asked for. Not counted as a failure.
@@ -220,7 +232,7 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
         with self.writing() as session:
             row = self._fenced(session, claim)
             self._end_attempt(session, claim, "released")
-            _give_back(session, row, claim.stage, reason, level="info")
+            give_back(session, row, claim.stage, reason, level="info")
 
     def crash(
         self, claim: Claim, error: dict[str, Any], *, max_failures: int, retry_seconds: float
@@ -229,7 +241,7 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
         with self.writing() as session:
             row = self._fenced(session, claim)
             self._end_attempt(session, claim, "crashed")
-            _count_failure(
+            count_failure(
                 session,
                 row,
                 claim.stage,
@@ -269,7 +281,7 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
                 "param": None,
             }
             stage = Stage(attempt.stage)
-            _count_failure(
+            count_failure(
                 session, row, stage, error, max_failures=max_failures, retry_seconds=retry_seconds
             )
             return True
@@ -304,67 +316,3 @@ class Store(Library, Reads, Reports, Roster, Tenants, Receipts, Webhooks, Chores
     def _end_attempt(self, session: Session, claim: Claim, outcome: str) -> None:
         attempt = session.get_one(AttemptRow, (claim.job_id, claim.attempt))
         attempt.ended_at, attempt.outcome = time.time(), outcome
-
-
-def _move(row: JobRow, target: Status) -> None:
-    """The only place where a status changes, by the table of `jobs.states`."""
-    if not allowed(Status(row.status), target):
-        raise AssertionError(f"{row.id}: {row.status} to {target} is no transition")
-    row.status = target
-
-
-def _locked(session: Session, row: JobRow) -> JobRow:
-    session.refresh(row, with_for_update=True)
-    return row
-
-
-def _tell(session: Session, row: JobRow, state: str, message: str, *, level: str = "info") -> None:
-    row.detail_state, row.detail_message, row.detail_since = state, message, time.time()
-    row.version += 1
-    add_event(session, row.id, message, level=level, data={"state": state, "status": row.status})
-
-
-def _end(
-    session: Session, row: JobRow, status: Status, state: str, message: str, *, level: str = "info"
-) -> None:
-    _move(row, status)
-    row.owner, row.finished_at, row.eta_seconds = None, time.time(), None
-    _tell(session, row, state, message, level=level)
-
-
-def _fail(session: Session, row: JobRow, error: dict[str, Any]) -> None:
-    row.error = error
-    _end(session, row, Status.FAILED, error["code"], f"Failed: {error['message']}", level="error")
-
-
-def _give_back(session: Session, row: JobRow, stage: Stage, reason: str, *, level: str) -> None:
-    if row.desired == Desired.CANCEL:
-        _end(session, row, Status.CANCELLED, "by_user", "Cancelled")
-        return
-    row.owner, row.eta_seconds = None, None
-    _move(row, WAITING[stage])
-    _tell(session, row, "retrying", reason, level=level)
-
-
-def _count_failure(
-    session: Session,
-    row: JobRow,
-    stage: Stage,
-    error: dict[str, Any],
-    *,
-    max_failures: int,
-    retry_seconds: float,
-) -> None:
-    row.failures += 1
-    if row.failures >= max_failures and row.desired != Desired.CANCEL:
-        tries = f" It was tried {row.failures} times." if row.failures > 1 else ""
-        _fail(session, row, {**error, "message": f"{error['message']}.{tries}"})
-        return
-    row.not_before = time.time() + retry_seconds * 2 ** (row.failures - 1)
-    _give_back(
-        session,
-        row,
-        stage,
-        f"{error['message']}; going on from the newest checkpoint",
-        level="warn",
-    )

@@ -7,6 +7,7 @@ the database is away training goes on: the run folder holds what was not yet tol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,10 +18,12 @@ from typing import Any
 
 from jobs.artifacts import Artifacts
 from jobs.errors import LeaseLost, NotFound, StoreUnavailable
+from jobs.names import result_name
 from jobs.settings import Settings
-from jobs.spec import Claim
+from jobs.spec import Claim, NewFile, new_id
 from jobs.states import Desired, Stage
 from jobs.store import Store
+from jobs.tables import csv_table
 from worker.child import CORE, Child
 from worker.inputs import PREPARE_FORMAT, Inputs
 from worker.tail import Tail
@@ -49,6 +52,7 @@ class Runner:
         self.artifacts = Artifacts.from_settings(self.settings)
         self.folder = self.artifacts.run(self.claim.job_id, self.claim.attempt)
         self.tail = Tail(self.folder / "events.jsonl")
+        self.table_id = new_id("file-")
         self._asked_at: float | None = None
         self._spoke_at = self._beat_at = time.monotonic()
 
@@ -184,8 +188,32 @@ class Runner:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             os.rename(self.folder / result["path"], target)
-        base = job.model.split(":")[1] if job.model.startswith("ft:") else job.model
-        name = f"ft:{base}:{job.project}:{job.suffix or ''}:{job.id[-8:]}"
-        self.store.finish_train(
-            self.claim, model=name, path=self.artifacts.relative(target), summary=result["summary"]
+        try:
+            self.store.finish_train(
+                self.claim,
+                model=result_name(job),
+                path=self.artifacts.relative(target),
+                summary=result["summary"],
+                table=self._table(),
+            )
+        except LeaseLost:
+            self.artifacts.file(self.table_id).unlink(missing_ok=True)
+            raise
+
+    def _table(self) -> NewFile:
+        """The metrics as a file: OpenAI's result file."""
+        path, digest, size = self.artifacts.file(self.table_id), hashlib.sha256(), 0
+        lots = self.store.each_metric(self.claim.job.project, self.claim.job_id)
+        with path.open("wb") as file:
+            for text in csv_table(lots):
+                part = text.encode()
+                digest.update(part)
+                size += file.write(part)
+        return NewFile(
+            id=self.table_id,
+            filename="step_metrics.csv",
+            purpose="fine-tune-results",
+            bytes=size,
+            sha256=digest.hexdigest(),
+            format="csv",
         )

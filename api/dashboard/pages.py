@@ -4,11 +4,12 @@ Pages are HTML made of the same records that the API speaks; parts of them are a
 metrics after the last step they have.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Form, Query, Request
@@ -24,14 +25,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from starlette.types import Scope
 
 from api.auth import SignInNeededError, Viewer, cookie_name, require_session, start_session
-from api.dashboard.thinning import thin
 from api.dashboard.words import FILTERS
 from api.deps import App, Services, services
 from api.errors import ApiError, error_response, request_id_of
 from api.routes.fine_tuning import result_archive
 from api.routes.health import release
 from api.schemas.jobs import finite, report
-from jobs.errors import InvalidCursor, JobTerminal, NotFound
+from jobs.errors import InvalidCursor, JobNotPausable, JobTerminal, NotFound
 from jobs.spec import JobRecord
 from jobs.states import TERMINAL, Status
 from sat_core.plan.config import TrainConfig
@@ -41,7 +41,6 @@ JOBS_PER_PAGE = 25
 EVENTS_SHOWN = 30
 # Above this many rows a chart has more points than pixels.
 MAX_CHART_ROWS = 2000
-METRICS_PER_READ = 10_000
 CHART_COLUMNS = (
     "step",
     "loss",
@@ -189,25 +188,17 @@ def chart_rows(
 ) -> JSONResponse:
     """Rows after a step for the charts, thinned where they are more than a chart can show."""
     job = app.store.get_job(project, job_id)
-    rows: list[Any] = []
-    columns, found, more = app.store.metrics(
-        project, job_id, after_step=after, limit=METRICS_PER_READ
+    columns, kept, measured = app.store.thinned_metrics(
+        project, job_id, after_step=after, max_rows=MAX_CHART_ROWS
     )
     step = list(columns).index("step")
-    rows += found
-    while more:
-        _, found, more = app.store.metrics(
-            project, job_id, after_step=found[-1][step], limit=METRICS_PER_READ
-        )
-        rows += found
-    kept = thin(columns, rows, MAX_CHART_ROWS)
     drawn = [list(columns).index(name) for name in CHART_COLUMNS]
     return JSONResponse(
         {
             "columns": list(CHART_COLUMNS),
             "rows": finite([[row[i] for i in drawn] for row in kept]),
-            "last_step": rows[-1][step] if rows else after,
-            "measured": len(rows),
+            "last_step": kept[-1][step] if kept else after,
+            "measured": measured,
             "ended": job.status in TERMINAL,
             "total_steps": job.total_steps,
             "plan": _plan(job),
@@ -234,14 +225,23 @@ def _plan(job: JobRecord) -> list[dict[str, Any]]:
     ]
 
 
-@pages.post("/jobs/{job_id}/cancel")
-def cancel(job_id: str, background: BackgroundTasks, app: App, project: Viewer) -> RedirectResponse:
-    """Cancel from the page; a job that has ended meanwhile is simply shown."""
-    try:
-        app.store.cancel_job(project, job_id)
-    except JobTerminal:
-        return RedirectResponse(f"/jobs/{job_id}", status_code=303)
-    background.add_task(app.bell.ring)
+@pages.post("/jobs/{job_id}/{wish}")
+def wish(
+    job_id: str,
+    wish: Literal["cancel", "pause", "resume"],
+    background: BackgroundTasks,
+    app: App,
+    project: Viewer,
+) -> RedirectResponse:
+    """Cancel, pause or resume from the page; a job that has ended meanwhile is simply shown."""
+    ask = {
+        "cancel": app.store.cancel_job,
+        "pause": app.store.pause_job,
+        "resume": app.store.resume_job,
+    }
+    with contextlib.suppress(JobTerminal, JobNotPausable):
+        ask[wish](project, job_id)
+        background.add_task(app.bell.ring)
     return RedirectResponse(f"/jobs/{job_id}", status_code=303)
 
 

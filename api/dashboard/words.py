@@ -33,6 +33,8 @@ STATE_WORDS = {
     "saving": "saving the model",
     "cancelling": "stopping after this step",
     "pausing": "pausing after this step",
+    "resuming": "going on after this stop",
+    "by_user": "as you asked",
     "done": "done",
 }
 

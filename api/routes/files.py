@@ -171,7 +171,7 @@ def download_file(
         )
     return FileResponse(
         app.artifacts.file(record.id),
-        media_type="application/octet-stream",
+        media_type="text/csv" if record.format == "csv" else "application/octet-stream",
         filename=record.filename,
         headers={"etag": f'"{record.sha256}"'},
     )

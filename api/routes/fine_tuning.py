@@ -1,12 +1,13 @@
-"""`/v1/fine_tuning/jobs`: create, list, retrieve, cancel, events, checkpoints, metrics, result.
+"""`/v1/fine_tuning/jobs`: create, list, retrieve, cancel, pause, resume, result.
 
 A create is one transaction; the bell rings after it, off the request's path. `api.once` makes sending it again safe.
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from api import once
@@ -15,8 +16,8 @@ from api.auth import Caller, require_key
 from api.deps import App, Services
 from api.errors import ApiError
 from api.schemas.create import CreateJob, check, json_object, openapi_body
-from api.schemas.jobs import Checkpoint, FineTuningJob, JobEvent, JobMetrics, finite
-from api.schemas.lists import After, ListOf, Order
+from api.schemas.jobs import FineTuningJob
+from api.schemas.lists import After, ListOf
 from api.schemas.problems import answers
 from jobs.receipts import Receipt
 from jobs.spec import JobRecord, NewJob
@@ -27,6 +28,13 @@ router = APIRouter(
 )
 
 JobLimit = Annotated[int, Query(ge=1, le=100)]
+Compat = Annotated[
+    Literal["strict"] | None,
+    Header(
+        alias="x-compat",
+        description="`strict` tells `queued` for `paused`, which clients that check every answer do not know.",
+    ),
+]
 
 CREATE_CODES = (
     "invalid_value",
@@ -57,7 +65,7 @@ async def create_job(
     response = await creating.run(
         create.fingerprint,
         lambda receipt: start_job(app, key.project, create, receipt),
-        lambda job: FineTuningJob.of(job, app),
+        FineTuningJob.of,
         location=router.prefix,
     )
     # A response made by hand carries its own background.
@@ -89,13 +97,19 @@ def start_job(app: Services, project: str, create: CreateJob, receipt: Receipt) 
 
 def _file_exists(app: Services, project: str, file_id: str, param: str) -> None:
     try:
-        app.store.get_file(project, file_id)
+        purpose = app.store.get_file(project, file_id).purpose
     except LookupError as error:
         raise ApiError(
             "file_not_found",
             f"{param} {file_id!r} does not exist; upload it to /v1/files first.",
             param,
         ) from error
+    if purpose != "fine-tune":
+        raise ApiError(
+            "invalid_value",
+            f"{param} {file_id!r} has purpose {purpose!r}; allowed is 'fine-tune'.",
+            param,
+        )
 
 
 def _model_exists(app: Services, project: str, name: str) -> None:
@@ -140,6 +154,7 @@ def list_jobs(
     after: After = None,
     limit: JobLimit = 20,
     status: Annotated[Status | None, Query()] = None,
+    compat: Compat = None,
 ) -> ListOf[FineTuningJob]:
     """Jobs of the key's project, newest first."""
     page = app.store.list_jobs(
@@ -150,7 +165,7 @@ def list_jobs(
         status=status.value if status else None,
     )
     return ListOf[FineTuningJob].of(
-        [FineTuningJob.of(j) for j in page.items], has_more=page.has_more
+        [FineTuningJob.of(j, strict=compat == "strict") for j in page.items], has_more=page.has_more
     )
 
 
@@ -165,22 +180,48 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
     return {found[1]: value for found, value in pairs if found} or None
 
 
-@router.get("/{job_id}", operation_id="retrieveFineTuningJob", responses=answers("job_not_found"))
-def retrieve_job(
+@router.get(
+    "/{job_id}",
+    operation_id="retrieveFineTuningJob",
+    response_model=FineTuningJob,
+    responses=answers("job_not_found", "invalid_value"),
+)
+async def retrieve_job(
     job_id: str,
-    response: Response,
     app: App,
     key: Caller,
+    wait: Annotated[
+        float,
+        Query(ge=0, le=50, description="Seconds to wait for another version than `version`."),
+    ] = 0,
+    version: Annotated[
+        int | None, Query(ge=0, le=2**62, description="The version that is known.")
+    ] = None,
     if_none_match: Annotated[str | None, Header()] = None,
-) -> Any:
-    """One job; with `If-None-Match` 304 while nothing has changed."""
-    job = app.store.get_job(key.project, job_id)
-    etag = f'W/"j{job.version}"'
+    compat: Compat = None,
+) -> Response:
+    """One job; with `If-None-Match` 304 while nothing has changed, with `wait` and `version` as soon as something has."""
+    if wait and version is not None:
+        async with app.followers.following(key.project, job_id) as followed:
+            if not followed.pulse.ended:
+                await followed.changed(version, wait)
+    return await run_in_threadpool(
+        _retrieved, app, key.project, job_id, if_none_match, compat == "strict"
+    )
+
+
+def _retrieved(
+    app: Services, project: str, job_id: str, if_none_match: str | None, strict: bool
+) -> Response:
+    shown = FineTuningJob.of(app.store.get_job(project, job_id), app, strict=strict)
+    detail = shown.status_detail
+    # A place in the queue changes without the job.
+    place = f"-{detail.position}-{detail.reason}" if detail.position else ""
+    etag = f'W/"j{shown.version}{place}"'
     headers = {"etag": etag, "cache-control": "private, no-cache"}
     if if_none_match and etag.removeprefix("W/") in if_none_match:
         return Response(status_code=304, headers=headers)
-    response.headers.update(headers)
-    return FineTuningJob.of(job, app)
+    return Response(shown.model_dump_json(), media_type="application/json", headers=headers)
 
 
 @router.post(
@@ -188,70 +229,38 @@ def retrieve_job(
     operation_id="cancelFineTuningJob",
     responses=answers("job_not_found", "job_terminal"),
 )
-def cancel_job(job_id: str, background: BackgroundTasks, app: App, key: Caller) -> FineTuningJob:
+def cancel_job(
+    job_id: str, background: BackgroundTasks, app: App, key: Caller, compat: Compat = None
+) -> FineTuningJob:
     """Cancel: at once where the job waits, after its current step and a checkpoint where it runs."""
     job = app.store.cancel_job(key.project, job_id)
     background.add_task(app.bell.ring)
-    return FineTuningJob.of(job, app)
+    return FineTuningJob.of(job, app, strict=compat == "strict")
 
 
-@router.get(
-    "/{job_id}/events",
-    operation_id="listFineTuningEvents",
-    responses=answers("job_not_found", "invalid_cursor"),
+@router.post(
+    "/{job_id}/pause",
+    operation_id="pauseFineTuningJob",
+    responses=answers("job_not_found", "job_terminal", "job_not_pausable"),
 )
-def list_events(
-    job_id: str,
-    app: App,
-    key: Caller,
-    after: After = None,
-    limit: JobLimit = 20,
-    order: Order = "desc",
-) -> ListOf[JobEvent]:
-    """What was told of a job."""
-    page = app.store.events(
-        key.project, job_id, after=after, limit=limit, newest_first=order == "desc"
-    )
-    return ListOf[JobEvent].of([JobEvent.of(e) for e in page.items], has_more=page.has_more)
+def pause_job(job_id: str, app: App, key: Caller, compat: Compat = None) -> FineTuningJob:
+    """Pause: at once where the job waits, after its current step and a checkpoint where it runs. Its slot is free then."""
+    job = app.store.pause_job(key.project, job_id)
+    return FineTuningJob.of(job, app, strict=compat == "strict")
 
 
-@router.get(
-    "/{job_id}/checkpoints",
-    operation_id="listFineTuningJobCheckpoints",
-    responses=answers("job_not_found", "invalid_cursor"),
+@router.post(
+    "/{job_id}/resume",
+    operation_id="resumeFineTuningJob",
+    responses=answers("job_not_found", "job_terminal", "job_not_pausable"),
 )
-def list_checkpoints(
-    job_id: str, app: App, key: Caller, after: After = None, limit: JobLimit = 10
-) -> ListOf[Checkpoint]:
-    """Checkpoints of a job, newest first."""
-    job = app.store.get_job(key.project, job_id)
-    page = app.store.checkpoints(key.project, job_id, after=after, limit=limit)
-    return ListOf[Checkpoint].of(
-        [Checkpoint.of(c, job) for c in page.items], has_more=page.has_more
-    )
-
-
-@router.get(
-    "/{job_id}/metrics",
-    operation_id="listFineTuningJobMetrics",
-    responses=answers("job_not_found", "invalid_value"),
-)
-def list_metrics(
-    job_id: str,
-    app: App,
-    key: Caller,
-    after: Annotated[int, Query(ge=-1, description="Only steps above this one.")] = -1,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-) -> JobMetrics:
-    """Measured rows in order of steps; step 0 is the evaluation before training."""
-    columns, rows, has_more = app.store.metrics(key.project, job_id, after_step=after, limit=limit)
-    step = list(columns).index("step")
-    return JobMetrics(
-        columns=list(columns),
-        rows=finite(rows),
-        last_step=rows[-1][step] if rows else after,
-        has_more=has_more,
-    )
+def resume_job(
+    job_id: str, background: BackgroundTasks, app: App, key: Caller, compat: Compat = None
+) -> FineTuningJob:
+    """Resume: the job waits for a slot and goes on from its newest checkpoint; one that is not paused stays as it is."""
+    job = app.store.resume_job(key.project, job_id)
+    background.add_task(app.bell.ring)
+    return FineTuningJob.of(job, app, strict=compat == "strict")
 
 
 @router.get(

@@ -8,6 +8,7 @@ from api.errors import ApiError
 from api.schemas.lists import Deleted, ListOf
 from api.schemas.models import Model
 from api.schemas.problems import answers
+from jobs.names import is_checkpoint
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_key)])
 
@@ -42,6 +43,12 @@ def delete_model(model: str, app: App, key: Caller) -> Deleted:
             "model",
         )
     path = app.store.get_model(key.project, model).path
+    if is_checkpoint(model):
+        raise ApiError(
+            "model_not_deletable",
+            f"{model} is a checkpoint; its run deletes it, or `unpin` does where it was pinned.",
+            "model",
+        )
     app.store.delete_model(key.project, model)
     app.artifacts.delete(path)
     return Deleted(id=model, object="model")

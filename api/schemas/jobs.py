@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel
 
 from api.deps import Services
+from api.queueing import Place
+from jobs.names import checkpoint_name
 from jobs.spec import CheckpointRecord, EventRecord, JobRecord
 
 HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
@@ -27,11 +29,35 @@ class JobFailure(BaseModel):
 
 
 class StatusDetail(BaseModel):
-    """More than `status` may say: one state with its message, and since when."""
+    """More than `status` may say: one state with its message, and since when.
+
+    Of a job that waits, also its place in the queue, why it waits (no_worker, no_slot, slots_busy, jobs_before,
+    project_limit, retry_wait, starting), and between which Unix seconds it may start, where past runs let that be told.
+    """
 
     state: str
     message: str
     since: float
+    position: int | None = None
+    reason: str | None = None
+    starts_after: float | None = None
+    starts_before: float | None = None
+
+    @classmethod
+    def of(cls, job: JobRecord, place: Place | None) -> Self:
+        """What the row says, and what the queue says of it now."""
+        if place is None:
+            return cls(state=job.detail_state, message=job.detail_message, since=job.detail_since)
+        after, before = place.starts or (None, None)
+        return cls(
+            state=job.detail_state,
+            message=f"{job.detail_message}. {place.message}",
+            since=job.detail_since,
+            position=place.position,
+            reason=place.reason,
+            starts_after=after,
+            starts_before=before,
+        )
 
 
 class Progress(BaseModel):
@@ -82,8 +108,12 @@ class FineTuningJob(BaseModel):
     report: dict[str, Any] | None
 
     @classmethod
-    def of(cls, job: JobRecord, app: Services | None = None) -> Self:
-        """The job as a client sees it; with `app` its report also says where the model lies."""
+    def of(cls, job: JobRecord, app: Services | None = None, *, strict: bool = False) -> Self:
+        """The job as a client sees it.
+
+        With `app` its report also says where the model lies, and its status why it waits. A `strict` client knows no
+        status `paused` and is told `queued`; `status_detail` says more.
+        """
         hyper = _hyperparameters(job)
         eta = job.eta_seconds if job.status == "running" else None
         return cls(
@@ -97,17 +127,16 @@ class FineTuningJob(BaseModel):
             method={"type": "supervised", "supervised": {"hyperparameters": hyper}},
             model=job.model,
             organization_id=job.project,
+            result_files=[job.result_file] if job.result_file else [],
             seed=job.seed or 0,
-            status=job.status,
+            status="queued" if strict and job.status == "paused" else job.status,
             trained_tokens=job.trained_tokens,
             training_file=job.training_file,
             validation_file=job.validation_file,
             metadata=job.metadata,
             user_provided_suffix=job.suffix,
             version=job.version,
-            status_detail=StatusDetail(
-                state=job.detail_state, message=job.detail_message, since=job.detail_since
-            ),
+            status_detail=StatusDetail.of(job, app.queueing.place(job) if app else None),
             progress=_progress(job),
             sat=job.request.get("sat") or {},
             figures=job.figures,
@@ -156,18 +185,17 @@ class Checkpoint(BaseModel):
     metrics: dict[str, float | None]
     step_number: int
     size_bytes: int
+    pinned: bool
+    available: bool = True
 
     @classmethod
     def of(cls, record: CheckpointRecord, job: JobRecord) -> Self:
         """The checkpoint as a client sees it, with OpenAI's names for the metrics."""
         metrics = record.metrics
-        base = (
-            job.fine_tuned_model or f"ft:{job.model}:{job.project}:{job.suffix or ''}:{job.id[-8:]}"
-        )
         return cls(
             id=record.id,
             created_at=int(record.created_at),
-            fine_tuned_model_checkpoint=f"{base}:ckpt-step-{record.step}",
+            fine_tuned_model_checkpoint=checkpoint_name(job, record.step),
             fine_tuning_job_id=job.id,
             metrics={
                 "step": float(record.step),
@@ -178,17 +206,22 @@ class Checkpoint(BaseModel):
             },
             step_number=record.step,
             size_bytes=record.size_bytes,
+            pinned=record.pinned_from is not None,
         )
 
 
 class JobMetrics(BaseModel):
-    """Measured rows after a step, column by column names; ask again with `after` = `last_step`."""
+    """Measured rows after a step, column by column names; ask again with `after` = `last_step`.
+
+    `measured` is how many rows they stand for, where they were thinned.
+    """
 
     object: Literal["fine_tuning.job.metrics"] = "fine_tuning.job.metrics"
     columns: list[str]
     rows: list[list[Any]]
     last_step: int
     has_more: bool
+    measured: int
 
 
 def finite(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:

@@ -12,7 +12,7 @@ behaviour = json.loads((folder / "config.json").read_text())["behaviour"]
 if behaviour == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(10))
+    signal.signal(signal.SIGTERM, lambda *_: leave())
 log = (folder / "events.jsonl").open("w", buffering=1)
 number = 0
 
@@ -23,6 +23,14 @@ def emit(kind: str, **fields: object) -> None:
     log.write(json.dumps({"seq": number, "time": time.time(), "kind": kind, **fields}) + "\n")
 
 
+def leave() -> None:
+    if behaviour == "checkpoint":
+        saved = folder / "checkpoints" / "step-000003"
+        saved.mkdir(parents=True)
+        emit("checkpoint", step=3, path="checkpoints/step-000003", size_bytes=1, metrics={})
+    sys.exit(10)
+
+
 for step in (1, 2, 3):
     figures = dict.fromkeys(
         ("loss", "token_accuracy", "learning_rate", "grad_norm", "omission_rate_mlp", "omission_rate_attention",
@@ -31,7 +39,7 @@ for step in (1, 2, 3):
     emit("metrics", step=step, total_steps=3, tokens=step, memory_bytes=1, **figures)
 (folder / ".pid").write_text(str(os.getpid()))
 (folder / ".pid").rename(folder / "pid")
-if behaviour in ("hang", "deaf"):
+if behaviour in ("hang", "deaf", "checkpoint"):
     time.sleep(60)
 if behaviour == "refuse":
     emit("failed", code="dataset_invalid", message="the data are bad", param=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.dashboard.thinning import thin
+from jobs.thinning import thin
 
 COLUMNS = ("step", "loss", "eval_loss", "omission_rate_mlp", "omission_rate_attention")
 

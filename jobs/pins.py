@@ -1,0 +1,76 @@
+"""Checkpoints that a person keeps: a pinned one outlives the run's own tidying (`checkpoints.keep`).
+
+The core deletes the folders of older checkpoints in its run folder, and rightly knows nothing of pins. So a pin links the
+bytes to a place of their own (`Artifacts.link_checkpoint`, no copy is made) and the row then points there: what the core
+deletes later is only its own name for them. The road not taken is to tell the core which folders to spare: it would have
+to be told while it runs, and a checkpoint of a run that is over could not be pinned at all.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from jobs.errors import NotFound
+from jobs.library import record_of
+from jobs.models import CheckpointRow
+from jobs.moves import locked
+from jobs.reads import find_job
+from jobs.spec import CheckpointRecord
+from jobs.transactions import Transactions
+
+
+class Pins(Transactions):
+    """Pinned checkpoints of the store."""
+
+    def get_checkpoint(self, project: str, job_id: str, checkpoint_id: str) -> CheckpointRecord:
+        """One checkpoint. Raises NotFound."""
+        with self.reading() as session:
+            find_job(session, project, job_id)
+            return _record(_find(session, job_id, checkpoint_id))
+
+    def pin_checkpoint(self, project: str, found: CheckpointRecord, path: str) -> CheckpointRecord:
+        """The checkpoint now lies at `path`; one that is pinned stays as it is.
+
+        Raises:
+            NotFound: it was deleted, or trained again, since it was found.
+        """
+        with self.writing() as session:
+            job = locked(session, find_job(session, project, found.job_id))
+            row = _find(session, found.job_id, found.id)
+            if row.pinned_from is None:
+                if row.path != found.path:
+                    raise NotFound.of("checkpoint", found.id)
+                row.pinned_from, row.path = row.path, path
+                job.version += 1
+            session.flush()
+            return _record(row)
+
+    def unpin_checkpoint(
+        self, project: str, found: CheckpointRecord, *, still_there: bool
+    ) -> CheckpointRecord:
+        """Leave the checkpoint to its run again; where the run has deleted it, it goes. Raises NotFound."""
+        with self.writing() as session:
+            job = locked(session, find_job(session, project, found.job_id))
+            row = _find(session, found.job_id, found.id)
+            if row.pinned_from is not None:
+                row.path, row.pinned_from = row.pinned_from, None
+                job.version += 1
+            record = _record(row)
+            if not still_there:
+                session.delete(row)
+            return record
+
+
+def _find(session: Session, job_id: str, checkpoint_id: str) -> CheckpointRow:
+    query = select(CheckpointRow).where(
+        CheckpointRow.job_id == job_id, CheckpointRow.id == checkpoint_id
+    )
+    row: CheckpointRow | None = session.scalar(query)
+    if row is None:
+        raise NotFound.of("checkpoint", checkpoint_id)
+    return row
+
+
+def _record(row: CheckpointRow) -> CheckpointRecord:
+    return record_of(CheckpointRecord, row)  # type: ignore[no-any-return]

@@ -1,0 +1,42 @@
+"""A pause reaches the child, frees its place uncounted, and resume goes on from the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+
+from jobs.settings import Settings
+from jobs.states import Stage
+from jobs.store import Store
+from tests.service import eventually
+
+from .test_runner import claim_for, run
+
+
+@pytest.mark.parametrize("behaviour", ["checkpoint", "deaf"])
+def test_pause_and_resume(store: Store, quick: Settings, behaviour: str) -> None:
+    settings = quick.model_copy(update={"grace_seconds": 0.5}) if behaviour == "deaf" else quick
+    claim = claim_for(store, quick, behaviour)
+    thread = threading.Thread(target=run, args=(store, settings, claim))
+    thread.start()
+    folder = quick.data_dir / "runs" / claim.job_id / str(claim.attempt)
+    eventually((folder / "pid").exists, seconds=10)
+    assert store.pause_job("default", claim.job_id).status == "running"
+    thread.join(20)
+    assert not thread.is_alive()
+    job = store.get_job("default", claim.job_id)
+    assert (job.status, job.failures, job.owner) == ("paused", 0, None)
+    assert store.claim("w", Stage.TRAIN) is None
+
+    assert store.resume_job("default", claim.job_id).status == "queued"
+    again = store.claim("w", Stage.TRAIN)
+    assert again is not None
+    stopping = threading.Event()
+    stopping.set()
+    run(store, settings, again, stopping)
+    config = folder.with_name(str(again.attempt)) / "config.json"
+    resumed_from = json.loads(config.read_text())["resume_from"]
+    wanted = str(folder / "checkpoints/step-000003") if behaviour == "checkpoint" else None
+    assert resumed_from == wanted
