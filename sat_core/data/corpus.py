@@ -105,7 +105,7 @@ class Corpus:
         """Sequences of 0-based `step`: an endless stream of seeded permutations, cut into batches."""
         first = step * batch_size
         return [
-            self._order(seed, p // len(self))[p % len(self)]
+            self.order(seed, p // len(self))[p % len(self)]
             for p in range(first, first + batch_size)
         ]
 
@@ -115,7 +115,8 @@ class Corpus:
             yield list(range(first, min(first + batch_size, len(self))))
 
     @lru_cache(maxsize=2)  # noqa: B019 - two epochs of one corpus, which lives as long as the run
-    def _order(self, seed: int, epoch: int) -> list[int]:
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """All sequences once, in the order of an epoch."""
         return list(map(int, np.random.default_rng([seed, epoch]).permutation(len(self))))
 
 

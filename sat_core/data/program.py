@@ -2,7 +2,8 @@
 
 config.json (format satune.prepare/1) holds `request`, `model` (name, path or null, revision), `corpora_dir`, and files as
 `{"path", "filename"}`: `training_file`, `validation_file` (or null), and optionally `mix_files`, each with a `weight`. A
-null path makes the file name that of a data set on the hub. `preview` takes `rows` beside these.
+null path makes the file name that of a data set on the hub. `preview` takes `rows` beside these; `prepare` takes
+`hardware` (`device` "gpu" or "cpu") where what the run will cost is wanted too.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from sat_core.data.validation import Tokens, Validation
 from sat_core.plan.config import PREPARE_FORMAT, PREPARED_FORMAT
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.families import ModelShape, shape_of
+from sat_core.plan.memory import memory_bytes
+from sat_core.plan.quote import quote
 from sat_core.plan.request import RunRequest
 from sat_core.plan.resolve import check_mode, max_seq_len, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sat_core.plan.config import TrainConfig
 
 MAX_MIX_FILES = 16
 MAX_MIX_WEIGHT = 100
@@ -90,7 +95,26 @@ def prepare(folder: Path, config: dict[str, Any], events: Events) -> None:
         "figures": figures,
         "warnings": list(resolved.warnings),
     }
+    if hardware := config.get("hardware"):
+        prepared["hardware"] = hardware
+        prepared["quote"] = _quote(resolved.config, figures, gpu=hardware["device"] == "gpu")
     _put(folder / "train.json", prepared)
+
+
+def _quote(config: TrainConfig, figures: dict[str, Any], *, gpu: bool) -> dict[str, Any]:
+    # The corpus is read through torch, which nothing else here needs.
+    from sat_core.data.corpus import PAD_MULTIPLE
+    from sat_core.data.costs import Costs
+
+    costs = Costs(config).by_phase()
+    width = -(-int(figures["longest"]) // PAD_MULTIPLE) * PAD_MULTIPLE
+    return {
+        **quote(config, costs, gpu=gpu),
+        "tokens": sum(cost.steps.tokens for cost in costs),
+        "labels": sum(cost.steps.labels for cost in costs),
+        "memory_bytes": memory_bytes(config, width=width, gpu=gpu),
+        "width": width,
+    }
 
 
 def show(folder: Path, config: dict[str, Any], events: Events) -> None:
