@@ -60,6 +60,21 @@ The base model's licence applies to it.
 """
 
 
+def bare_card(name: str, base: dict[str, Any], *, library: str) -> str:
+    """README.md of a checkpoint's model or of an adapter, of which nothing was measured on its own."""
+    licence = base_licence(base["path"])
+    front = f"base_model: {base['name']}\n" + (f"license: {licence}\n" if licence else "")
+    return f"""---
+{front}library_name: {library}
+pipeline_tag: text-generation
+tags: [satune, sparsity-accelerated-training]
+---
+# {name}
+
+Made by Satune from {base["name"]} {base["revision"] or ""}, whose licence ({licence or "not stated in its model card"}) applies to it.
+"""
+
+
 def base_licence(model_path: str | None) -> str | None:
     """The licence that the base model's own card states."""
     card = Path(model_path or "") / "README.md"

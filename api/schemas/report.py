@@ -171,14 +171,13 @@ def _time(run: RunRecord, summary: dict[str, Any]) -> TimeReport:
 
 def _flops(run: RunRecord, summary: dict[str, Any]) -> FlopsReport:
     spent, dense = summary.get("flops", run.measured.flops), summary.get("dense_flops")
-    known = dense is not None and spent is not None
     return FlopsReport(
         quoted=None,
         spent=spent,
         dense=dense,
         probe=summary.get("probe_flops"),
-        saved=dense - spent if known else None,
-        share_of_dense=spent / dense if known and dense else None,
+        saved=dense - spent if dense and spent is not None else None,
+        share_of_dense=spent / dense if dense and spent is not None else None,
     )
 
 
