@@ -18,6 +18,7 @@ from api import errors
 from api.auth import session_secret
 from api.dashboard import pages
 from api.deps import Services
+from api.drafts import PARTIAL
 from api.followers import Followers
 from api.gate import Gate
 from api.head import Head
@@ -25,6 +26,7 @@ from api.limiter import Limiter
 from api.queueing import Queueing
 from api.routes import (
     after,
+    datasets,
     files,
     fine_tuning,
     health,
@@ -33,9 +35,9 @@ from api.routes import (
     models,
     organization,
     queue,
+    uploads,
     webhooks,
 )
-from api.uploads import PARTIAL
 from jobs.artifacts import Artifacts
 from jobs.db import make_engine
 from jobs.queue import make_bell
@@ -87,6 +89,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     for router in (
         files.router,
+        datasets.router,
+        uploads.router,
         fine_tuning.router,
         after.router,
         job_run.router,

@@ -45,6 +45,8 @@ ERRORS: dict[str, ErrorSpec] = {
     "model_unsupported": ErrorSpec(400, "The model cannot be trained"),
     "dataset_invalid": ErrorSpec(400, "The data set is not usable"),
     "unsupported_purpose": ErrorSpec(400, "The purpose is not supported"),
+    "parts_mismatch": ErrorSpec(400, "The parts do not make the file that was announced"),
+    "checksum_mismatch": ErrorSpec(400, "The bytes are not those that were sent"),
     "invalid_cursor": ErrorSpec(400, "The cursor names nothing in this list"),
     "url_not_allowed": ErrorSpec(400, "Webhooks are not sent there"),
     "webhook_unreachable": ErrorSpec(400, "The webhook's receiver did not answer"),
@@ -62,6 +64,7 @@ ERRORS: dict[str, ErrorSpec] = {
     "not_found": ErrorSpec(404, "No such path"),
     "job_not_found": ErrorSpec(404, "No such job"),
     "file_not_found": ErrorSpec(404, "No such file"),
+    "upload_not_found": ErrorSpec(404, "No such upload"),
     "model_not_found": ErrorSpec(404, "No such model"),
     "project_not_found": ErrorSpec(404, "No such project"),
     "service_account_not_found": ErrorSpec(404, "No such service account"),
@@ -76,6 +79,7 @@ ERRORS: dict[str, ErrorSpec] = {
     "model_not_deletable": ErrorSpec(409, "The model cannot be deleted here"),
     "last_admin_key": ErrorSpec(409, "A lasting key with scope admin must remain"),
     "project_not_archivable": ErrorSpec(409, "The project must stay"),
+    "upload_closed": ErrorSpec(409, "The upload has ended"),
     "idempotency_in_progress": ErrorSpec(409, "The same request is still being answered"),
     "not_finished": ErrorSpec(409, "The job has not ended"),
     "result_not_ready": ErrorSpec(409, "The job has no result"),
@@ -207,6 +211,10 @@ def translate(error: Exception) -> ApiError:
                 f"{error}.",
                 headers={"retry-after": "600", RETRY_NOT: "false"},
             )
+        case store_errors.UploadClosed():
+            return ApiError("upload_closed", f"{error}.")
+        case store_errors.PartsMismatch():
+            return ApiError("parts_mismatch", f"{error}.", "part_ids")
         case store_errors.LastAdminKey():
             return ApiError("last_admin_key", f"{error}.")
         case store_errors.NotArchivable():

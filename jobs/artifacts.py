@@ -1,8 +1,9 @@
 """Where bytes lie: one data folder, and every path in it made here.
 
-    files/<file id>          uploads            runs/<job>/<attempt>/    run folders, one per attempt
+    files/<sha256>           uploaded files     runs/<job>/<attempt>/    run folders, one per attempt
     corpora/                 tokenised data     results/<job>/<attempt>/ models that jobs made
     pinned/<job>/<id>/       checkpoints that people keep
+    uploads/<upload>/<part>  files in parts     chores/<chore>/          folders of small work
     models/<name>/           local base models  satune.db                SQLite, where that is the database
 
 A run folder belongs to one attempt, so a process that has lost its lease can never write into its successor's. Results
@@ -15,8 +16,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +46,7 @@ class Artifacts:
 
     @property
     def files(self) -> Path:
-        """Folder of uploads; a temporary name in it must not begin with `file-`."""
+        """Folder of the bytes of files; a temporary name in it begins with a dot."""
         return self._folder("files")
 
     @property
@@ -50,9 +54,36 @@ class Artifacts:
         """Folder of tokenised corpora, shared by attempts and jobs."""
         return self._folder("corpora")
 
-    def file(self, file_id: str) -> Path:
-        """Where the bytes of an upload lie."""
-        return self.files / file_id
+    def file(self, sha256: str) -> Path:
+        """Where the bytes of a file lie, named by their hash: equal files are stored once."""
+        return self.files / sha256
+
+    def keep(self, scratch: Path, sha256: str) -> None:
+        """Give the bytes of a file their lasting name, so that a power cut leaves all of them or nothing."""
+        os.rename(scratch, self.file(sha256))
+        handle = os.open(self.files, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def dropping(self, sha256: str) -> Iterator[None]:
+        """Delete a file's bytes where the block ends well; they are out of the way in it, and back where it fails."""
+        path, aside = self.file(sha256), self.files / f".gone-{secrets.token_hex(8)}"
+        with suppress(FileNotFoundError):
+            os.rename(path, aside)
+        try:
+            yield
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.rename(aside, path)
+            raise
+        aside.unlink(missing_ok=True)
+
+    def upload(self, upload_id: str) -> Path:
+        """Folder of the parts of an upload."""
+        return self.data_dir / "uploads" / upload_id
 
     def runs(self, job_id: str) -> Path:
         """Folder of all attempts of a job."""
@@ -62,9 +93,14 @@ class Artifacts:
         """Run folder of one attempt."""
         return self.runs(job_id) / str(attempt)
 
+    @property
+    def chores(self) -> Path:
+        """Folder of the folders of chores."""
+        return self.data_dir / "chores"
+
     def chore(self, chore_id: str, attempt: int) -> Path:
         """Folder of one attempt at a chore, gone when it has ended."""
-        return self.data_dir / "chores" / chore_id / str(attempt)
+        return self.chores / chore_id / str(attempt)
 
     def result(self, job_id: str, attempt: int) -> Path:
         """Where the model of an attempt lies, once it is the result."""

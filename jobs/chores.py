@@ -87,6 +87,15 @@ class Chores(Transactions):
             session.flush()
             return _record(row)
 
+    def find_chore(
+        self, project: str, kind: str, subject: str, params: dict[str, Any]
+    ) -> ChoreRecord | None:
+        """The chore of this name, where somebody has asked for it."""
+        name = _fingerprint(project, kind, subject, params)
+        with self.reading() as session:
+            row = session.scalar(select(ChoreRow).where(ChoreRow.fingerprint == name))
+            return _record(row) if row is not None else None
+
     def get_chore(self, project: str, chore_id: str) -> ChoreRecord:
         """One chore. Raises NotFound."""
         with self.reading() as session:

@@ -10,6 +10,8 @@
     ├── QuotaExceeded (ValueError)          the project is at a limit; `.quota`
     ├── LastAdminKey (ValueError)           without this key nobody could administer the service
     ├── NotArchivable (ValueError)          the project must stay
+    ├── UploadClosed (ValueError)           an upload that takes no more parts; `.status`
+    ├── PartsMismatch (ValueError)          parts that do not make the file that was announced
     ├── JobTerminal (ValueError)            the job has ended; `.status`
     ├── JobNotPausable (ValueError)         pause or resume from a state that does not allow it; `.status`
     ├── LeaseLost (RuntimeError)            another attempt owns the job: stand down, write nothing
@@ -79,6 +81,16 @@ class LastAdminKey(JobsError, ValueError):
 
 class NotArchivable(JobsError, ValueError):
     """The project must stay."""
+
+
+class UploadClosed(JobsError, ValueError):
+    """The upload is complete, cancelled or expired."""
+
+    status: str = ""
+
+
+class PartsMismatch(JobsError, ValueError):
+    """The parts of an upload do not make the file that was announced."""
 
 
 class JobTerminal(JobsError, ValueError):

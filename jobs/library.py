@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
 
+from jobs.db import is_postgresql
 from jobs.errors import FileInUse, InvalidCursor, NotFound
-from jobs.models import FileRow, JobRow, ModelRow
+from jobs.models import ChoreRow, FileRow, JobRow, ModelRow
 from jobs.names import find_checkpoint
 from jobs.quotas import take_storage
 from jobs.receipts import Receipt, keep
@@ -21,21 +25,31 @@ from jobs.transactions import Transactions
 class Library(Transactions):
     """Files and models of the store."""
 
-    def add_file(self, project: str, file: NewFile, receipt: Receipt | None = None) -> FileRecord:
-        """Register an upload whose bytes lie in the data folder. Raises QuotaExceeded, InProgress."""
+    def add_file(
+        self,
+        project: str,
+        file: NewFile,
+        receipt: Receipt | None = None,
+        *,
+        place: Callable[[], None] | None = None,
+    ) -> FileRecord:
+        """Register a file; `place` puts its bytes under their hash while no deletion can take them away.
+
+        Raises:
+            QuotaExceeded: the project stores too much.
+            InProgress: another attempt of this request has taken over.
+        """
         with self.writing() as session:
-            take_storage(session, project, file.bytes)
-            row = file_row(project, file)
-            session.add(row)
-            session.flush()
-            record = _file(row)
+            record = insert_file(session, project, file)
             keep(session, receipt, record)
+            if place is not None:
+                place()
             return record
 
     def get_file(self, project: str, file_id: str) -> FileRecord:
         """One file. Raises NotFound."""
         with self.reading() as session:
-            return _file(_find_file(session, project, file_id))
+            return file_record(_find_file(session, project, file_id))
 
     def list_files(
         self,
@@ -60,24 +74,51 @@ class Library(Transactions):
             query = query.order_by(FileRow.seq.desc() if order == "desc" else FileRow.seq).limit(
                 limit + 1
             )
-            found = [_file(row) for row in session.scalars(query)]
+            found = [file_record(row) for row in session.scalars(query)]
         return Page(items=tuple(found[:limit]), has_more=len(found) > limit)
 
-    def delete_file(self, project: str, file_id: str) -> None:
-        """Forget a file; its bytes are the caller's to remove, after this. Raises NotFound, FileInUse."""
+    def delete_file(
+        self,
+        project: str,
+        file_id: str,
+        dropping: Callable[[str], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """Forget a file and what was found out about it; `dropping` its bytes where no other file has the same.
+
+        Raises:
+            NotFound: no such file.
+            FileInUse: jobs that have not ended need it.
+        """
+        # The bytes go after the commit, and come back where it fails.
+        with ExitStack() as after, self.writing() as session:
+            row = _find_file(session, project, file_id)
+            lock_content(session, row.sha256)
+            _refuse_used(session, project, file_id)
+            session.execute(
+                delete(ChoreRow).where(ChoreRow.project == project, ChoreRow.subject == file_id)
+            )
+            session.delete(row)
+            session.flush()
+            others = select(FileRow.seq).where(FileRow.sha256 == row.sha256).limit(1)
+            if dropping and session.scalar(others) is None:
+                after.enter_context(dropping(row.sha256))
+
+    def settle_file(
+        self, project: str, file_id: str, *, status: str, rows: int | None, report: dict[str, Any]
+    ) -> FileRecord:
+        """What a worker found in a file that could not be judged while it arrived. Raises NotFound."""
         with self.writing() as session:
             row = _find_file(session, project, file_id)
-            active = select(
-                JobRow.id, JobRow.training_file, JobRow.validation_file, JobRow.request
-            ).where(JobRow.project == project, JobRow.status.in_(ACTIVE))
-            jobs = session.execute(active)
-            if users := tuple(id for id, *files in jobs if file_id in _files_of(*files)):
-                error = FileInUse(
-                    f"{file_id} is needed by {', '.join(users)}, which have not ended"
-                )
-                error.job_ids = users
-                raise error
-            session.delete(row)
+            if row.status == "uploaded":
+                row.status, row.rows, row.report = status, rows, report
+            session.flush()
+            return file_record(row)
+
+    def expired_files(self) -> list[tuple[str, str]]:
+        """Project and id of files whose time is over."""
+        with self.reading() as session:
+            query = select(FileRow.project, FileRow.id).where(FileRow.expires_at <= time.time())
+            return [(project, id) for project, id in session.execute(query.limit(100))]
 
     def list_models(self, project: str) -> list[ModelRecord]:
         """All results of a project, newest first."""
@@ -115,6 +156,33 @@ def file_row(project: str, file: NewFile) -> FileRow:
     return FileRow(project=project, created_at=time.time(), **dataclasses.asdict(file))
 
 
+def insert_file(session: Session, project: str, file: NewFile) -> FileRecord:
+    """A file's row; until the transaction ends its bytes can be put in place. Raises QuotaExceeded."""
+    take_storage(session, project, file.bytes)
+    lock_content(session, file.sha256)
+    row = file_row(project, file)
+    session.add(row)
+    session.flush()
+    return file_record(row)
+
+
+def lock_content(session: Session, sha256: str) -> None:
+    """Until the transaction ends nobody else adds or drops these bytes; SQLite has one writer anyway."""
+    if is_postgresql(session):
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(sha256, 0))))
+
+
+def _refuse_used(session: Session, project: str, file_id: str) -> None:
+    active = select(JobRow.id, JobRow.training_file, JobRow.validation_file, JobRow.request).where(
+        JobRow.project == project, JobRow.status.in_(ACTIVE)
+    )
+    jobs = session.execute(active)
+    if users := tuple(id for id, *files in jobs if file_id in _files_of(*files)):
+        error = FileInUse(f"{file_id} is needed by {', '.join(users)}, which have not ended")
+        error.job_ids = users
+        raise error
+
+
 def _files_of(training: str, validation: str | None, request: dict[str, Any]) -> set[str | None]:
     mix = request["sat"]["data"]["mix"]
     return {training, validation, *(entry["file"] for entry in mix)}
@@ -143,7 +211,8 @@ def record_of(kind: Any, row: Any) -> Any:
     return kind(**{f.name: getattr(row, f.name) for f in dataclasses.fields(kind)})
 
 
-def _file(row: FileRow) -> FileRecord:
+def file_record(row: FileRow) -> FileRecord:
+    """The record of a file's row."""
     return record_of(FileRecord, row)  # type: ignore[no-any-return]
 
 

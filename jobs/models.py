@@ -26,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from jobs.states import ChoreStatus, Desired, Stage, Status
+from jobs.states import ChoreStatus, Desired, Stage, Status, UploadStatus
 
 Serial = BigInteger().with_variant(Integer, "sqlite")
 Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
@@ -119,10 +119,10 @@ class AuditRow(Base):
 
 
 class FileRow(Base):
-    """An uploaded file; its bytes lie in the data folder under its id."""
+    """An uploaded file; its bytes lie in the data folder under their hash, once for all rows that have it."""
 
     __tablename__ = "files"
-    __table_args__ = (Index(None, "project", "seq"),)
+    __table_args__ = (Index(None, "project", "seq"), Index(None, "sha256"))
     seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(40), unique=True)
     project: Mapped[str] = mapped_column(String(64))
@@ -135,6 +135,39 @@ class FileRow(Base):
     format: Mapped[str | None] = mapped_column(String(32))
     rows: Mapped[int | None]
     report: Mapped[dict[str, Any]]
+    expires_at: Mapped[float | None] = mapped_column(index=True)
+
+
+class UploadRow(Base):
+    """A file that comes in parts; `file_id` once it is complete."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (
+        CheckConstraint(_one_of("status", UploadStatus), name="status"),
+        Index(None, "status", "expires_at"),
+        Index(None, "project", "status"),
+    )
+    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    project: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    bytes: Mapped[int]
+    filename: Mapped[str] = mapped_column(String(512))
+    purpose: Mapped[str] = mapped_column(String(32))
+    settings: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(String(12))
+    file_id: Mapped[str | None] = mapped_column(String(40))
+
+
+class UploadPartRow(Base):
+    """One part of an upload, whole on disk."""
+
+    __tablename__ = "upload_parts"
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"), index=True)
+    bytes: Mapped[int]
+    created_at: Mapped[float]
 
 
 class JobRow(Base):

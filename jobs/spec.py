@@ -136,7 +136,7 @@ class DeliveryRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class NewFile:
-    """A file whose bytes already lie, whole, in the data folder under `id`."""
+    """A file whose bytes lie, whole, in the data folder under their hash; `status` is uploaded, processed or error."""
 
     id: str
     filename: str
@@ -147,6 +147,7 @@ class NewFile:
     rows: int | None = None
     report: dict[str, Any] = field(default_factory=dict)
     status: str = "processed"
+    expires_at: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,39 @@ class FileRecord(NewFile):
 
     seq: int
     project: str
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewUpload:
+    """A file that will come in parts; `settings` are what its check will need."""
+
+    bytes: int
+    filename: str
+    purpose: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadRecord(NewUpload):
+    """A file that comes in parts; `file` once it is complete, and as long as that exists."""
+
+    id: str
+    project: str
+    created_at: float
+    expires_at: float
+    status: str
+    file_id: str | None
+    file: FileRecord | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadPart:
+    """One part, whole on disk."""
+
+    id: str
+    upload_id: str
+    bytes: int
     created_at: float
 
 

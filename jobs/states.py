@@ -46,6 +46,15 @@ class ChoreStatus(StrEnum):
     FAILED = "failed"
 
 
+class UploadStatus(StrEnum):
+    """OpenAI's four states of a file that comes in parts."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
 TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED})
 ACTIVE = frozenset(Status) - TERMINAL
 

@@ -9,6 +9,7 @@ row: clocks of two machines, or one clock that is set, would take back living jo
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
@@ -16,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from jobs.chores import Chores
 from jobs.errors import LeaseLost
-from jobs.library import Library, file_row, record_of
+from jobs.library import Library, file_row, lock_content, record_of
 from jobs.measures import Measures
 from jobs.models import AttemptRow, CheckpointRow, JobRow, ModelRow
 from jobs.moves import count_failure, end, fail_row, give_back, move, obey, tell
@@ -31,6 +32,7 @@ from jobs.roster import Roster
 from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewFile, NewJob, new_id
 from jobs.states import HELD, WAITING, Desired, Stage, Status
 from jobs.tenants import Tenants
+from jobs.uploads import Uploads
 from jobs.waiting import Waiting
 from jobs.webhooks import Webhooks
 from jobs.wishes import Wishes
@@ -50,6 +52,7 @@ class Store(
     Pins,
     Pulses,
     Waiting,
+    Uploads,
 ):
     """The job store. One method is one transaction."""
 
@@ -190,8 +193,11 @@ class Store(
         path: str,
         summary: dict[str, Any],
         table: NewFile | None = None,
+        place: Callable[[], None] | None = None,
     ) -> None:
         """The job has succeeded: name and folder of its model, what was measured, the file of its metrics.
+
+        `place` puts that file's bytes under their hash.
 
         Raises:
             LeaseLost: nothing was written.
@@ -201,6 +207,7 @@ class Store(
             self._end_attempt(session, claim, "succeeded")
             row.fine_tuned_model, row.summary = model, summary
             if table is not None:
+                lock_content(session, table.sha256)
                 session.add(file_row(row.project, table))
                 row.result_file = table.id
             row.trained_tokens = summary.get("trained_tokens", row.trained_tokens)
@@ -215,6 +222,9 @@ class Store(
                 )
             )
             end(session, row, Status.SUCCEEDED, "done", f"Succeeded: {model}")
+            session.flush()
+            if place is not None:
+                place()
 
     def fail(self, claim: Claim, error: dict[str, Any]) -> None:
         """The job has failed for a reason that trying again does not mend. Raises LeaseLost."""

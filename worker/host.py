@@ -20,6 +20,7 @@ from jobs.states import Stage
 from jobs.store import Store
 from worker.child import CORE
 from worker.chores import ChoreRunner
+from worker.janitor import Janitor
 from worker.postman import Postman
 from worker.runner import Runner
 from worker.slots import Slot, Slots, count_gpus
@@ -39,6 +40,7 @@ class Host:
         self.slots = Slots(cpu_slots=settings.cpu_slots, gpus=count_gpus())
         self.stopping = threading.Event()
         self._sweeper = Sweeper(settings, store, bell)
+        self._janitor = Janitor(settings, store)
         self._postman = Postman(settings, store, self.stopping)
         self._runs: list[threading.Thread] = []
         self._job_is_next = False
@@ -125,6 +127,7 @@ class Host:
                 registered = self._quietly(self._register)
             self._quietly(lambda: self.store.beat_worker(self.id))
             self._quietly(self._sweeper.sweep)
+            self._quietly(self._janitor.tidy)
             self.look()
 
     def _register(self) -> None:

@@ -27,7 +27,7 @@ class Inputs:
     def file(self, file_id: str) -> dict[str, str]:
         """A file for config.json. Raises NotFound."""
         file = self.store.get_file(self.project, file_id)
-        return {"path": str(self.artifacts.file(file_id)), "filename": file.filename}
+        return {"path": str(self.artifacts.file(file.sha256)), "filename": file.filename}
 
     def _model_path(self, name: str) -> str | None:
         if name.startswith("ft:"):

@@ -44,6 +44,7 @@ def _validation(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
     against = chore.params["against"]
     return {
         **_reading(chore, inputs),
+        "declared_format": chore.params["declared_format"],
         "validation_file": inputs.file(against) if against else None,
     }
 
@@ -53,7 +54,7 @@ def _reading(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
     return {
         "format": PREPARE_FORMAT,
         "request": request,
-        "model": inputs.model(request["model"]),
+        "model": inputs.model(request["model"]) if request else None,
         "training_file": inputs.file(chore.subject),
         "validation_file": None,
     }

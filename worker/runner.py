@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jobs.artifacts import Artifacts
@@ -52,7 +53,6 @@ class Runner:
         self.artifacts = Artifacts.from_settings(self.settings)
         self.folder = self.artifacts.run(self.claim.job_id, self.claim.attempt)
         self.tail = Tail(self.folder / "events.jsonl")
-        self.table_id = new_id("file-")
         self._asked_at: float | None = None
         self._spoke_at = self._beat_at = time.monotonic()
 
@@ -188,21 +188,20 @@ class Runner:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             os.rename(self.folder / result["path"], target)
-        try:
-            self.store.finish_train(
-                self.claim,
-                model=result_name(job),
-                path=self.artifacts.relative(target),
-                summary=result["summary"],
-                table=self._table(),
-            )
-        except LeaseLost:
-            self.artifacts.file(self.table_id).unlink(missing_ok=True)
-            raise
+        path = self.folder / "step_metrics.csv"
+        table = self._table(path)
+        self.store.finish_train(
+            self.claim,
+            model=result_name(job),
+            path=self.artifacts.relative(target),
+            summary=result["summary"],
+            table=table,
+            place=lambda: self.artifacts.keep(path, table.sha256),
+        )
 
-    def _table(self) -> NewFile:
+    def _table(self, path: Path) -> NewFile:
         """The metrics as a file: OpenAI's result file."""
-        path, digest, size = self.artifacts.file(self.table_id), hashlib.sha256(), 0
+        digest, size = hashlib.sha256(), 0
         lots = self.store.each_metric(self.claim.job.project, self.claim.job_id)
         with path.open("wb") as file:
             for text in csv_table(lots):
@@ -210,7 +209,7 @@ class Runner:
                 digest.update(part)
                 size += file.write(part)
         return NewFile(
-            id=self.table_id,
+            id=new_id("file-"),
             filename="step_metrics.csv",
             purpose="fine-tune-results",
             bytes=size,

@@ -1,6 +1,8 @@
 """`/v1/files`: upload, list, retrieve, content, delete."""
 
 import re
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -8,22 +10,34 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
-from api import once
+from api import datasets, once
 from api.auth import Caller, require_key
-from api.deps import App, Services
+from api.deps import App
+from api.drafts import (
+    ANCHOR_FIELD,
+    EXPIRES_SECONDS,
+    FIELDS,
+    FORMAT_FIELD,
+    FORMATS,
+    KEEP_FIELD,
+    PURPOSE,
+    SECONDS_FIELD,
+    Draft,
+    Terms,
+    declared_format,
+    new_file,
+    shown_name,
+)
 from api.errors import ApiError
+from api.multipart import Form, receive, receiving
+from api.routes.uploads import too_large
 from api.schemas.files import FileObject
 from api.schemas.lists import After, Deleted, ListOf, Order
 from api.schemas.problems import answers
-from api.uploads import FORMATS, Received, keep, receiving, too_large
-from jobs.receipts import Receipt
-from jobs.spec import FileRecord, NewFile, new_id
+from sat_core.plan.formats import FileCheck
 
 router = APIRouter(prefix="/v1/files", tags=["files"], dependencies=[Depends(require_key)])
 
-# Chunks from the socket are small; a thread hop for each would cost more than the work in it.
-FEED_BYTES = 1 << 20
-MAX_PROBLEMS_SHOWN = 100
 FORM = {
     "requestBody": {
         "required": True,
@@ -33,8 +47,19 @@ FORM = {
                     "type": "object",
                     "required": ["purpose", "file"],
                     "properties": {
-                        "purpose": {"const": "fine-tune"},
-                        "sat[format]": {"enum": list(FORMATS), "default": "auto"},
+                        "purpose": {"const": PURPOSE},
+                        FORMAT_FIELD: {"enum": list(FORMATS), "default": "auto"},
+                        KEEP_FIELD: {
+                            "type": "boolean",
+                            "default": False,
+                            "description": "Keep a file with bad rows, with status `error`, for its report.",
+                        },
+                        ANCHOR_FIELD: {"const": "created_at"},
+                        SECONDS_FIELD: {
+                            "type": "integer",
+                            "minimum": EXPIRES_SECONDS[0],
+                            "maximum": EXPIRES_SECONDS[1],
+                        },
                         "file": {"type": "string", "contentMediaType": "application/octet-stream"},
                     },
                     "additionalProperties": False,
@@ -64,68 +89,43 @@ FORM = {
 async def create_file(request: Request, app: App, key: Caller, creating: once.Creating) -> Any:
     """Upload a data set; every row is checked while it arrives, and a file with a bad row is refused."""
     limit = app.settings.max_file_bytes
-    length = request.headers.get("content-length", "")
-    # The form around the file is small; what is clearly too long need not be read.
-    if length.isdigit() and int(length) > limit + FEED_BYTES:
-        raise too_large(limit)
-    with receiving(app.artifacts.files, request.headers.get("content-type", ""), limit) as upload:
-        waiting = bytearray()
-        async for chunk in request.stream():
-            waiting += chunk
-            if len(waiting) >= FEED_BYTES:
-                await run_in_threadpool(upload.feed, bytes(waiting))
-                waiting.clear()
-        await run_in_threadpool(upload.feed, bytes(waiting))
-        received = await run_in_threadpool(upload.finish)
-        sent = [received.sha256, received.filename, received.purpose, received.report.format]
+    created_at = time.time()
+    names: list[str] = []
+    early: list[str] = []
+
+    def refuse() -> ApiError:
+        return too_large(limit, "file")
+
+    def opener(filename: str, fields: Mapping[str, str]) -> Draft:
+        names.append(shown_name(filename))
+        early.extend(fields)
+        check = FileCheck(names[0], declared_format(fields))
+        return Draft(app.artifacts.files, limit, refuse, check)
+
+    form = Form(
+        request.headers.get("content-type", ""), stored="file", fields=FIELDS, opener=opener
+    )
+    with receiving(form):
+        draft = await receive(request, form, refuse, limit)
+        if FORMAT_FIELD in form.fields and FORMAT_FIELD not in early:
+            raise ApiError(
+                "invalid_request",
+                f"{FORMAT_FIELD} must come before file in the form.",
+                FORMAT_FIELD,
+            )
+        terms = Terms.of(form.fields)
+        file = await run_in_threadpool(new_file, draft, names[0], terms, created_at)
         return await creating.run(
-            once.fingerprint(sent),
-            lambda receipt: _register(app, key.project, received, receipt),
+            once.fingerprint([file.sha256, file.filename, file.format, asdict(terms)]),
+            lambda receipt: app.store.add_file(
+                key.project,
+                file,
+                receipt,
+                place=lambda: app.artifacts.keep(draft.path, file.sha256),
+            ),
             FileObject.of,
             location=router.prefix,
         )
-
-
-def _register(app: Services, project: str, received: Received, receipt: Receipt) -> FileRecord:
-    report = received.report
-    if not report.ok:
-        raise ApiError(
-            "dataset_invalid",
-            report.summary(received.filename),
-            "file",
-            problems=[asdict(problem) for problem in report.problems[:MAX_PROBLEMS_SHOWN]],
-        )
-    file_id = new_id("file-")
-    target = app.artifacts.file(file_id)
-    keep(received, target)
-    try:
-        return app.store.add_file(
-            project,
-            NewFile(
-                id=file_id,
-                filename=received.filename,
-                purpose=received.purpose,
-                bytes=received.bytes,
-                sha256=received.sha256,
-                format=report.format,
-                rows=report.rows,
-                report=_verdict(received),
-            ),
-            receipt,
-        )
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-
-
-def _verdict(received: Received) -> dict[str, Any]:
-    report = received.report
-    return {
-        "status": "valid_with_warnings" if report.warnings else "valid",
-        "format": report.format,
-        "rows": report.rows,
-        "warnings": list(report.warnings),
-    }
 
 
 @router.get("", operation_id="listFiles", responses=answers("invalid_value", "invalid_cursor"))
@@ -145,7 +145,7 @@ def list_files(
 @router.get("/{file_id}", operation_id="retrieveFile", responses=answers("file_not_found"))
 def retrieve_file(file_id: str, app: App, key: Caller) -> FileObject:
     """One file."""
-    return FileObject.of(app.store.get_file(key.project, file_id))
+    return FileObject.of(datasets.settled(app, app.store.get_file(key.project, file_id)))
 
 
 @router.get(
@@ -170,7 +170,7 @@ def download_file(
             headers={"content-range": f"bytes */{record.bytes}"},
         )
     return FileResponse(
-        app.artifacts.file(record.id),
+        app.artifacts.file(record.sha256),
         media_type="text/csv" if record.format == "csv" else "application/octet-stream",
         filename=record.filename,
         headers={"etag": f'"{record.sha256}"'},
@@ -182,7 +182,6 @@ def download_file(
 )
 def delete_file(file_id: str, app: App, key: Caller) -> Deleted:
     """Delete a file that no unfinished job needs."""
-    app.store.delete_file(key.project, file_id)
-    app.artifacts.file(file_id).unlink(missing_ok=True)
+    app.store.delete_file(key.project, file_id, app.artifacts.dropping)
     kind: Literal["file"] = "file"
     return Deleted(id=file_id, object=kind)

@@ -13,8 +13,10 @@ from fastapi.responses import StreamingResponse
 from api import once
 from api.archive import archive_size, tar_stream
 from api.auth import Caller, require_key
+from api.datasets import refuse_invalid
 from api.deps import App, Services
 from api.errors import ApiError
+from api.named import data_file, model_exists
 from api.schemas.create import CreateJob, check, json_object, openapi_body
 from api.schemas.jobs import FineTuningJob
 from api.schemas.lists import After, ListOf
@@ -43,6 +45,7 @@ CREATE_CODES = (
     "unsupported_parameter",
     "conflicting_parameters",
     "unknown_model",
+    "dataset_invalid",
     "file_not_found",
     "request_too_large",
     "queue_quota_exceeded",
@@ -88,46 +91,12 @@ def start_job(app: Services, project: str, create: CreateJob, receipt: Receipt) 
     for name in ("training_file", "validation_file"):
         file_id = getattr(new, name)
         if file_id is not None:
-            _file_exists(app, project, file_id, name)
+            refuse_invalid(app, data_file(app, project, file_id, name), create.run, name)
     for i, entry in enumerate(create.run.sat.data.mix):
-        _file_exists(app, project, entry.file, f"sat.data.mix.{i}.file")
-    _model_exists(app, project, new.model)
+        param = f"sat.data.mix.{i}.file"
+        refuse_invalid(app, data_file(app, project, entry.file, param), create.run, param)
+    model_exists(app, project, new.model)
     return app.store.create_job(project, new, receipt)
-
-
-def _file_exists(app: Services, project: str, file_id: str, param: str) -> None:
-    try:
-        purpose = app.store.get_file(project, file_id).purpose
-    except LookupError as error:
-        raise ApiError(
-            "file_not_found",
-            f"{param} {file_id!r} does not exist; upload it to /v1/files first.",
-            param,
-        ) from error
-    if purpose != "fine-tune":
-        raise ApiError(
-            "invalid_value",
-            f"{param} {file_id!r} has purpose {purpose!r}; allowed is 'fine-tune'.",
-            param,
-        )
-
-
-def _model_exists(app: Services, project: str, name: str) -> None:
-    """Refuse what cannot be a model. Whether a hub has ORG/NAME is known only when the worker asks it."""
-    if name.startswith("ft:"):
-        if app.model_path(project, name) is not None:
-            return
-    elif "/" in name and (app.artifacts.resolve_model(name) or not name.startswith("local/")):
-        return
-    known = app.artifacts.local_models()
-    listed = (
-        ", ".join(known[:20]) or "none yet; put model folders below a folder in SATUNE_MODEL_ROOTS"
-    )
-    raise ApiError(
-        "unknown_model",
-        f"model {name!r} does not exist. Local models: {listed}. A model of the hub is named ORG/NAME.",
-        "model",
-    )
 
 
 @router.get(

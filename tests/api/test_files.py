@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+from sqlalchemy import Connection, Engine, event
+
+from jobs.errors import StoreUnavailable
+from worker.janitor import Janitor
 
 from .conftest import ROW, create, upload
 
@@ -16,7 +22,7 @@ def test_a_good_file_is_stored_whole_with_its_verdict(client, services):
     assert body["object"] == "file"
     assert (body["rows"], body["format"], body["bytes"]) == (3, "messages", 3 * len(ROW))
     assert body["status"] == "processed"
-    assert left_behind(services) == [body["id"]]
+    assert left_behind(services) == [body["sha256"]]
     assert client.get(f"/v1/files/{body['id']}/content").content == ROW * 3
 
 
@@ -56,7 +62,12 @@ def test_a_bad_file_is_named_by_its_place_and_leaves_nothing(client, services, c
         ({"purpose": "assistants"}, "unsupported_purpose"),
         ({"purpos": "fine-tune"}, "unknown_parameter"),
         ({"sat[format]": "csv"}, "invalid_value"),
-        ({"expires_after[seconds]": "3600"}, "unsupported_parameter"),
+        ({"expires_after[seconds]": "3600"}, "invalid_value"),
+        ({"expires_after[anchor]": "created_at"}, "invalid_value"),
+        ({"expires_after[anchor]": "now", "expires_after[seconds]": "3600"}, "invalid_value"),
+        ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "9"}, "invalid_value"),
+        ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "x"}, "invalid_value"),
+        ({"sat[keep_invalid]": "yes"}, "invalid_value"),
     ],
 )
 def test_a_field_that_is_not_understood_is_refused(client, services, fields, code):
@@ -90,7 +101,7 @@ def test_a_file_above_the_limit_is_413_whether_its_length_is_told_or_not(client,
 def test_a_name_that_climbs_is_only_a_name(client, services):
     body = upload(client, ROW, filename="../../etc/x.jsonl").json()
     assert body["filename"] == "x.jsonl"
-    assert left_behind(services) == [body["id"]]
+    assert left_behind(services) == [body["sha256"]]
 
 
 def test_pages_follow_each_other_without_gap_or_repeat(client):
@@ -144,3 +155,92 @@ def test_a_mixed_file_that_is_not_there_is_named(client, file_id):
     response = create(client, file_id, **mix)
     assert response.status_code == 404
     assert response.json()["error"]["param"] == "sat.data.mix.0.file"
+
+
+def test_equal_bytes_are_stored_once_and_stay_while_one_file_has_them(client, services):
+    first, second = (upload(client, ROW, filename=name).json() for name in ("a.jsonl", "b.jsonl"))
+    assert first["id"] != second["id"]
+    assert left_behind(services) == [first["sha256"]]
+    client.delete(f"/v1/files/{first['id']}")
+    assert client.get(f"/v1/files/{second['id']}/content").content == ROW
+    client.delete(f"/v1/files/{second['id']}")
+    assert left_behind(services) == []
+
+
+def test_a_deletion_that_is_not_committed_leaves_the_bytes(client, services, file_id):
+    sha256 = services.store.get_file("default", file_id).sha256
+
+    def lose(_: Connection) -> None:
+        assert left_behind(services) != [sha256]
+        raise StoreUnavailable("the connection is gone")
+
+    event.listen(Engine, "commit", lose)
+    try:
+        with pytest.raises(StoreUnavailable):
+            services.store.delete_file("default", file_id, services.artifacts.dropping)
+    finally:
+        event.remove(Engine, "commit", lose)
+    assert left_behind(services) == [sha256]
+    assert client.get(f"/v1/files/{file_id}/content").content == ROW * 3
+
+
+def test_a_file_expires_when_it_was_asked_to_and_no_job_needs_it(client, services, monkeypatch):
+    fields = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    body = upload(client, ROW, **fields).json()
+    assert body["expires_at"] - body["created_at"] == 3600
+    needed = upload(client, ROW * 2, **fields).json()["id"]
+    lasting = upload(client, ROW * 3).json()
+    assert lasting["expires_at"] is None
+    create(client, needed)
+    janitor = Janitor(services.settings, services.store)
+    janitor.tidy(now=True)
+    assert len(client.get("/v1/files").json()["data"]) == 3
+    now = time.time()
+    monkeypatch.setattr("jobs.library.time.time", lambda: now + 4000)
+    janitor.tidy(now=True)
+    kept = {item["id"] for item in client.get("/v1/files").json()["data"]}
+    assert kept == {needed, lasting["id"]}
+
+
+def test_a_bad_file_may_be_kept_for_its_report_and_no_job_takes_it(client, file_id):
+    bad = ROW + b"{broken \x00\n" + ROW + b'{"messages": []}\n'
+    body = upload(client, bad, **{"sat[keep_invalid]": "true"}).json()
+    assert (body["status"], body["rows"]) == ("error", 2)
+    assert "line 2" in body["status_details"]
+    assert "errors" not in body["validation"]
+    report = client.get(f"/v1/files/{body['id']}/validation").json()
+    assert (report["status"], report["error_count"], report["has_more"]) == ("invalid", 2, False)
+    assert [(e["line"], e["code"]) for e in report["errors"]] == [(2, "bad_json"), (4, "bad_type")]
+    assert report["errors"][0]["byte_offset"] == len(ROW)
+    for fields in ({}, {"validation_file": body["id"]}):
+        response = create(client, *([body["id"]] if not fields else [file_id]), **fields)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "dataset_invalid")
+        assert error["param"] == ("validation_file" if fields else "training_file")
+        assert error["problems"][0]["line"] == 2
+
+
+def test_a_report_that_nobody_works_on_is_pending(client, file_id):
+    report = client.get(f"/v1/files/{file_id}/validation")
+    assert report.headers["retry-after"] == "1"
+    body = report.json()
+    assert (body["status"], body["rows"], body["error_count"]) == ("pending", 3, 0)
+    preview = client.get(f"/v1/files/{file_id}/preview", params={"model": "local/tiny"}).json()
+    assert (preview["status"], preview["rows"]) == ("pending", [])
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("validation?model=local/none", 400, "unknown_model"),
+        ("validation?against=file-none", 404, "file_not_found"),
+        ("validation?max_seq_len=1", 400, "invalid_value"),
+        ("validation?train_on=some", 400, "invalid_value"),
+        ("preview", 400, "missing_required_parameter"),
+        ("preview?model=local/tiny&rows=101", 400, "invalid_value"),
+        ("preview?model=local/../x", 400, "unknown_model"),
+    ],
+)
+def test_a_question_that_has_no_answer_is_refused(client, file_id, path, status, code):
+    response = client.get(f"/v1/files/{file_id}/{path}")
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)

@@ -19,6 +19,7 @@ from sat_core.plan.request import RunRequest
 from tests.sat_core.tiny import run_core, write_model, write_text
 from tests.service import Worker, eventually
 
+SHA256 = "f" * 64
 STEPS = 600
 
 
@@ -42,10 +43,10 @@ def submit(settings: Settings, store: Store) -> str:
     """A job of `STEPS` steps on a tiny model, its files in place as an upload leaves them."""
     write_model(settings.data_dir / "models" / "tiny")
     (settings.data_dir / "files").mkdir()
-    size = write_text(settings.data_dir / "files" / "file-1").stat().st_size
+    size = write_text(settings.data_dir / "files" / SHA256).stat().st_size
     store.add_file(
         "default",
-        NewFile(id="file-1", filename="d.jsonl", purpose="fine-tune", bytes=size, sha256=""),
+        NewFile(id="file-1", filename="d.jsonl", purpose="fine-tune", bytes=size, sha256=SHA256),
     )
     request = RunRequest.from_dict(
         {

@@ -1,0 +1,47 @@
+"""What nobody asks for and time alone brings about: files and uploads whose hour has come, folders nobody works in.
+
+Harmless in any number, like the sweeper. A file that an unfinished job needs stays until the job has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from contextlib import suppress
+
+from jobs.artifacts import Artifacts
+from jobs.errors import FileInUse, NotFound
+from jobs.settings import Settings
+from jobs.store import Store
+
+log = logging.getLogger(__name__)
+
+TIDY_SECONDS = 60.0
+# The folder of a chore goes with its runner; this is for runners that were killed. No chore lasts as long.
+STALE_CHORE_SECONDS = 6 * 3600
+
+
+class Janitor:
+    """One process's sweeping up."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self.store, self.artifacts = store, Artifacts.from_settings(settings)
+        self._tidied_at = time.monotonic() - TIDY_SECONDS
+
+    def tidy(self, *, now: bool = False) -> None:
+        """Sweep up, at most once a minute unless it is to be now. Raises StoreUnavailable."""
+        if not now and time.monotonic() - self._tidied_at < TIDY_SECONDS:
+            return
+        self._tidied_at = time.monotonic()
+        for project, file_id in self.store.expired_files():
+            with suppress(NotFound, FileInUse):
+                self.store.delete_file(project, file_id, self.artifacts.dropping)
+                log.info("File %s of %s has expired", file_id, project)
+        for upload_id in self.store.expire_uploads():
+            shutil.rmtree(self.artifacts.upload(upload_id), ignore_errors=True)
+            log.info("Upload %s has expired", upload_id)
+        for folder in self.artifacts.chores.glob("*/"):
+            with suppress(FileNotFoundError):
+                if time.time() - folder.stat().st_mtime > STALE_CHORE_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
