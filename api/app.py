@@ -27,6 +27,7 @@ from api.queueing import Queueing
 from api.routes import (
     after,
     datasets,
+    exports,
     files,
     fine_tuning,
     health,
@@ -93,6 +94,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         uploads.router,
         fine_tuning.router,
         after.router,
+        exports.router,
         job_run.router,
         queue.router,
         models.router,

@@ -4,6 +4,7 @@
     corpora/                 tokenised data     results/<job>/<attempt>/ models that jobs made
     pinned/<job>/<id>/       checkpoints that people keep
     uploads/<upload>/<part>  files in parts     chores/<chore>/          folders of small work
+    exports/<chore>/<attempt>/ models on their way home
     models/<name>/           local base models  satune.db                SQLite, where that is the database
 
 A run folder belongs to one attempt, so a process that has lost its lease can never write into its successor's. Results
@@ -101,6 +102,14 @@ class Artifacts:
     def chore(self, chore_id: str, attempt: int) -> Path:
         """Folder of one attempt at a chore, gone when it has ended."""
         return self.chores / chore_id / str(attempt)
+
+    def exports(self, chore_id: str) -> Path:
+        """Folder of all attempts at an export."""
+        return self.data_dir / "exports" / chore_id
+
+    def export(self, chore_id: str, attempt: int) -> Path:
+        """Where what an attempt exported lies, once it is the result."""
+        return self.exports(chore_id) / str(attempt)
 
     def result(self, job_id: str, attempt: int) -> Path:
         """Where the model of an attempt lies, once it is the result."""

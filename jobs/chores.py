@@ -16,14 +16,15 @@ import math
 import time
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs.errors import LeaseLost, NotFound, QuotaExceeded
+from jobs.errors import InvalidCursor, LeaseLost, NotFound, QuotaExceeded
 from jobs.library import record_of
 from jobs.models import ChoreRow
-from jobs.spec import ChoreRecord, Lease, new_id
+from jobs.receipts import Receipt, keep
+from jobs.spec import ChoreRecord, Lease, Page, new_id
 from jobs.states import ChoreStatus
 from jobs.transactions import Transactions
 
@@ -38,7 +39,12 @@ class Chores(Transactions):
     """Chores of the store."""
 
     def ask_chore(
-        self, project: str, kind: str, subject: str, params: dict[str, Any] | None = None
+        self,
+        project: str,
+        kind: str,
+        subject: str,
+        params: dict[str, Any] | None = None,
+        receipt: Receipt | None = None,
     ) -> ChoreRecord:
         """The chore of this name, made if nobody has asked for it; ring the bell after one that waits.
 
@@ -47,22 +53,26 @@ class Chores(Transactions):
             kind: what is to be done; `worker.kinds` knows how.
             subject: id of what it is about, such as a file.
             params: everything else that decides the result, versions of its inputs included.
+            receipt: of the request that asks, where its answer is kept.
 
         Raises:
             QuotaExceeded: too many chores of the project wait.
+            InProgress: another attempt of this request has taken over.
         """
         try:
-            return self._ask(project, kind, subject, params or {})
+            return self._ask(project, kind, subject, params or {}, receipt)
         except IntegrityError:
             # Another request for the same committed between our look and our insert.
-            return self._ask(project, kind, subject, params or {})
+            return self._ask(project, kind, subject, params or {}, receipt)
 
-    def _ask(self, project: str, kind: str, subject: str, params: dict[str, Any]) -> ChoreRecord:
+    def _ask(
+        self, project: str, kind: str, subject: str, params: dict[str, Any], receipt: Receipt | None
+    ) -> ChoreRecord:
         name = _fingerprint(project, kind, subject, params)
         query = select(ChoreRow).where(ChoreRow.fingerprint == name)
         with self.reading() as session:
             found = session.scalar(query)
-            if found is not None and not _stale(found):
+            if receipt is None and found is not None and not _stale(found):
                 return _record(found)
         with self.writing() as session:
             row = session.scalar(query.with_for_update())
@@ -71,7 +81,9 @@ class Chores(Transactions):
                     row.status, row.failures = ChoreStatus.WAITING, 0
                     row.error = row.finished_at = None
                     session.flush()
-                return _record(row)
+                record = _record(row)
+                keep(session, receipt, record)
+                return record
             _take_place(session, project)
             row = ChoreRow(
                 id=new_id(CHORE_PREFIX),
@@ -85,7 +97,9 @@ class Chores(Transactions):
             )
             session.add(row)
             session.flush()
-            return _record(row)
+            record = _record(row)
+            keep(session, receipt, record)
+            return record
 
     def find_chore(
         self, project: str, kind: str, subject: str, params: dict[str, Any]
@@ -105,6 +119,29 @@ class Chores(Transactions):
             if row is None:
                 raise NotFound.of("chore", chore_id)
             return _record(row)
+
+    def list_chores(
+        self, project: str, kind: str, *, after: str | None = None, limit: int = 20
+    ) -> Page[ChoreRecord]:
+        """Chores of a kind, newest first. Raises InvalidCursor."""
+        mine = (ChoreRow.project == project, ChoreRow.kind == kind)
+        with self.reading() as session:
+            query = select(ChoreRow).where(*mine)
+            if after:
+                seq = session.scalar(select(ChoreRow.seq).where(*mine, ChoreRow.id == after))
+                if seq is None:
+                    raise InvalidCursor(f"after {after!r} names no {kind} of this list")
+                query = query.where(ChoreRow.seq < seq)
+            rows = session.scalars(query.order_by(ChoreRow.seq.desc()).limit(limit + 1))
+            found = [_record(row) for row in rows]
+        return Page(items=tuple(found[:limit]), has_more=len(found) > limit)
+
+    def delete_chore(self, project: str, chore_id: str) -> None:
+        """Drop one, with what it has found; whoever works on it is fenced off."""
+        with self.writing() as session:
+            session.execute(
+                delete(ChoreRow).where(ChoreRow.project == project, ChoreRow.id == chore_id)
+            )
 
     def forget_chores(self, project: str, subject: str) -> None:
         """Drop what was found out about something that goes; whoever works on it is fenced off."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -73,7 +74,9 @@ class ChoreRunner:
             error = refused.error
             self._write(lambda: self.store.fail_chore(self.claim, error))
         else:
-            self._write(lambda: self.store.finish_chore(self.claim, result))
+            kept = self._keep()
+            if not self._write(lambda: self.store.finish_chore(self.claim, result)) and kept:
+                shutil.rmtree(kept, ignore_errors=True)
         finally:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
 
@@ -134,6 +137,16 @@ class ChoreRunner:
             f"{kind.bounds.memory_bytes} bytes of memory allow.",
         )
 
+    def _keep(self) -> Path | None:
+        """Move what outlives the child to its place, before the row says that it is there."""
+        name = self.kinds[self.claim.kind].keeps
+        if name is None:
+            return None
+        target = self.artifacts.export(self.claim.id, self.claim.attempt)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(self.folder / name, target)
+        return target
+
     def _failure(self) -> dict[str, Any] | None:
         """What the core's last word was, where it said why it failed."""
         tail, failure = Tail(self.folder / "events.jsonl"), None
@@ -143,19 +156,22 @@ class ChoreRunner:
             failure = next((e for e in events if e["kind"] == "failed"), failure)
         return failure
 
-    def _write(self, write: Callable[[], None]) -> None:
-        """Write down how it ended; the last word waits for a database that is away, as long as the worker lives."""
+    def _write(self, write: Callable[[], None]) -> bool:
+        """Write down how it ended; the last word waits for a database that is away, as long as the worker lives.
+
+        False where it could not be: somebody else has the chore, or the worker ends.
+        """
         while True:
             try:
                 write()
-                return
+                return True
             except LeaseLost as error:
                 log.warning("Standing down: %s", error)
-                return
+                return False
             except StoreUnavailable as error:
                 log.warning("The end of %s waits: %s", self.claim.id, error)
                 if self.stopping.wait(1):
-                    return
+                    return False
 
 
 def _read(path: Path) -> dict[str, Any]:

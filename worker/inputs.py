@@ -7,6 +7,8 @@ from typing import Any
 
 from jobs.artifacts import Artifacts
 from jobs.errors import NotFound
+from jobs.names import is_checkpoint
+from jobs.spec import ModelRecord
 from jobs.store import Store
 
 PREPARE_FORMAT = "satune.prepare/1"
@@ -28,6 +30,33 @@ class Inputs:
         """A file for config.json. Raises NotFound."""
         file = self.store.get_file(self.project, file_id)
         return {"path": str(self.artifacts.file(file.sha256)), "filename": file.filename}
+
+    def made(self, name: str) -> dict[str, Any]:
+        """A model that a job made, for config.json: where it lies, its base, and its adapters if it has any. Raises NotFound."""
+        model = self.store.get_model(self.project, name)
+        config = self.store.get_job(self.project, model.job_id).config or {}
+        return {
+            "model": {"name": name, "path": str(self.artifacts.absolute(model.path))},
+            "base": {
+                "name": model.base,
+                "path": config.get("model_path"),
+                "revision": config.get("model_revision"),
+            },
+            "adapters": self._adapters(model),
+            "lora_rank": config.get("lora_rank"),
+            "lora_alpha": config.get("lora_alpha"),
+        }
+
+    def _adapters(self, model: ModelRecord) -> str | None:
+        """Beside a checkpoint's model; a result is the model of its job's last checkpoint."""
+        folder = self.artifacts.absolute(model.path).parent
+        if not is_checkpoint(model.id):
+            last = self.store.checkpoints(self.project, model.job_id, limit=1).items
+            if not last:
+                return None
+            folder = self.artifacts.absolute(last[0].path)
+        path = folder / "adapters.safetensors"
+        return str(path) if path.is_file() else None
 
     def _model_path(self, name: str) -> str | None:
         if name.startswith("ft:"):

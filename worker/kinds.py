@@ -14,6 +14,7 @@ from jobs.spec import ChoreRecord
 from worker.child import Bounds
 from worker.inputs import PREPARE_FORMAT, Inputs
 
+EXPORT_FORMAT = "satune.export/1"
 GIB = 2**30
 
 
@@ -27,6 +28,7 @@ class Kind:
         result: the JSON file that the child leaves in its folder.
         seconds: after so long it is ended.
         bounds: of the child process.
+        keeps: the folder that outlives the child, if any.
     """
 
     command: str
@@ -34,6 +36,7 @@ class Kind:
     result: str
     seconds: float
     bounds: Bounds
+    keeps: str | None = None
 
 
 def _preview(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
@@ -60,6 +63,11 @@ def _reading(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def _export(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
+    made = inputs.made(chore.subject)
+    return {"format": EXPORT_FORMAT, **made, **chore.params}
+
+
 # A .json array of the largest size is held whole, and takes some ten times its bytes as objects.
 _READER = Bounds(memory_bytes=4 * GIB, file_bytes=64 * 2**20)
 
@@ -77,5 +85,14 @@ KINDS: dict[str, Kind] = {
         result="validation.json",
         seconds=1800,
         bounds=_READER,
+    ),
+    # Its input is a model of our own making; at most a whole model stands in memory, once more in another dtype.
+    "export": Kind(
+        command="export",
+        config=_export,
+        result="export.json",
+        seconds=3600,
+        bounds=Bounds(memory_bytes=1024 * GIB, file_bytes=1024 * GIB),
+        keeps="export",
     ),
 }

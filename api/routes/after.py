@@ -68,8 +68,8 @@ async def clone_job(
     creating: once.Creating,
 ) -> Any:
     """Start a job like this one, with the changes that the body says; it is checked as any create is."""
-    changes = await json_object(request)
     job = await run_in_threadpool(app.store.get_job, key.project, job_id)
+    changes = await json_object(request)
     create = check(merge_patch(create_body(job, by_method="method" in changes), changes))
     response = await creating.run(
         once.fingerprint(changes),

@@ -4,6 +4,7 @@ A create is one transaction; the bell rings after it, off the request's path. `a
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
@@ -11,10 +12,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from api import once
-from api.archive import archive_size, tar_stream
 from api.auth import Caller, require_key
 from api.datasets import refuse_invalid
 from api.deps import App, Services
+from api.downloads import CODES as DOWNLOAD_CODES
+from api.downloads import RESPONSES, FileList, Wanted, WantedPart, download, listing
 from api.errors import ApiError
 from api.named import data_file, model_exists
 from api.schemas.create import CreateJob, check, json_object, openapi_body
@@ -236,25 +238,33 @@ def resume_job(
     "/{job_id}/result",
     operation_id="downloadFineTuningJobResult",
     response_class=StreamingResponse,
+    responses=RESPONSES
+    | answers("job_not_found", "result_not_ready", "invalid_value", *DOWNLOAD_CODES),
+)
+def download_result(job_id: str, app: App, key: Caller, wanted: WantedPart) -> StreamingResponse:
+    """The model folder as a tar archive, or one of its files: what `from_pretrained` loads. Ranges are served."""
+    return download(_result(app, key.project, job_id), job_id, wanted)
+
+
+@router.get(
+    "/{job_id}/result/files",
+    operation_id="listFineTuningJobResultFiles",
     responses=answers("job_not_found", "result_not_ready"),
 )
-def download_result(job_id: str, app: App, key: Caller) -> StreamingResponse:
-    """The model folder as a tar archive: what `from_pretrained` loads once it is unpacked."""
-    return result_archive(app, key.project, job_id)
+def list_result_files(job_id: str, app: App, key: Caller) -> FileList:
+    """The files of the model folder with sizes and hashes."""
+    return listing(_result(app, key.project, job_id))
 
 
 def result_archive(app: Services, project: str, job_id: str) -> StreamingResponse:
     """The archive of a job's result, or 409 where there is none."""
+    return download(_result(app, project, job_id), job_id, Wanted())
+
+
+def _result(app: Services, project: str, job_id: str) -> Path:
     job = app.store.get_job(project, job_id)
     path = app.model_path(project, job.fine_tuned_model) if job.fine_tuned_model else None
     if path is None or not path.is_dir():
         why = "its model was deleted" if job.fine_tuned_model else f"its status is {job.status}"
         raise ApiError("result_not_ready", f"Job {job_id} has no result to download: {why}.")
-    return StreamingResponse(
-        tar_stream(path, job.id),
-        media_type="application/x-tar",
-        headers={
-            "content-disposition": f'attachment; filename="{job.id}.tar"',
-            "content-length": str(archive_size(path, job.id)),
-        },
-    )
+    return path

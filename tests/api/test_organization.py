@@ -136,6 +136,7 @@ def test_ids_of_another_project_do_not_exist(client: TestClient, app, services: 
     (delivery,) = theirs.list_deliveries(other, endpoint).items
     ids = {
         "job_id": job,
+        "export_id": theirs.ask_chore(other, "export", "ft:x").id,
         "file_id": "file-x",
         "model:path": "ft:x",
         "webhook_endpoint_id": endpoint,
