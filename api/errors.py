@@ -66,6 +66,7 @@ ERRORS: dict[str, ErrorSpec] = {
     "job_not_found": ErrorSpec(404, "No such job"),
     "file_not_found": ErrorSpec(404, "No such file"),
     "upload_not_found": ErrorSpec(404, "No such upload"),
+    "estimate_not_found": ErrorSpec(404, "No such estimate"),
     "model_not_found": ErrorSpec(404, "No such model"),
     "project_not_found": ErrorSpec(404, "No such project"),
     "service_account_not_found": ErrorSpec(404, "No such service account"),

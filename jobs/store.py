@@ -24,6 +24,7 @@ from jobs.moves import count_failure, end, fail_row, give_back, move, obey, tell
 from jobs.pins import Pins
 from jobs.pulses import Pulses
 from jobs.quotas import in_turn, may_start, take_queue_place
+from jobs.quotes import Quotes
 from jobs.reads import Reads, job_record
 from jobs.receipts import Receipt, Receipts, keep
 from jobs.recording import add_event, apply
@@ -53,6 +54,7 @@ class Store(
     Pulses,
     Waiting,
     Uploads,
+    Quotes,
 ):
     """The job store. One method is one transaction."""
 

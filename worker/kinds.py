@@ -13,6 +13,7 @@ from typing import Any
 from jobs.spec import ChoreRecord
 from worker.child import Bounds
 from worker.inputs import PREPARE_FORMAT, Inputs
+from worker.slots import hardware
 
 EXPORT_FORMAT = "satune.export/1"
 GIB = 2**30
@@ -63,6 +64,18 @@ def _reading(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def _estimate(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
+    held = chore.params["validation_file"]
+    mix = chore.params["request"]["sat"]["data"]["mix"]
+    return {
+        **_reading(chore, inputs),
+        "validation_file": inputs.file(held) if held else None,
+        "mix_files": [{**inputs.file(m["file"]), "weight": m["weight"]} for m in mix],
+        "corpora_dir": str(inputs.artifacts.corpora),
+        "hardware": hardware(),
+    }
+
+
 def _export(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
     made = inputs.made(chore.subject)
     return {"format": EXPORT_FORMAT, **made, **chore.params}
@@ -85,6 +98,14 @@ KINDS: dict[str, Kind] = {
         result="validation.json",
         seconds=1800,
         bounds=_READER,
+    ),
+    # A corpus has the size that its files give it.
+    "estimate": Kind(
+        command="prepare",
+        config=_estimate,
+        result="train.json",
+        seconds=3600,
+        bounds=Bounds(memory_bytes=8 * GIB, file_bytes=64 * GIB),
     ),
     # Its input is a model of our own making; at most a whole model stands in memory, once more in another dtype.
     "export": Kind(

@@ -5,12 +5,18 @@ On a machine without a GPU one slot stands for it. A claim is made only with a s
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import pynvml
 
 from jobs.states import Stage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,22 @@ class Slots:
         """Put a slot back."""
         with self._lock:
             self._free.append(slot)
+
+
+def hardware() -> dict[str, Any]:
+    """What a run here computes on: `device`, `name`, `memory_bytes` of one of its kind, and the `host`."""
+    host = socket.gethostname()
+    try:
+        pynvml.nvmlInit()
+        if pynvml.nvmlDeviceGetCount():
+            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+            name = str(pynvml.nvmlDeviceGetName(handle))
+            return {"device": "gpu", "name": name, "memory_bytes": memory, "host": host}
+    except pynvml.NVMLError as error:
+        log.info("No GPU is used: %s", error)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"device": "cpu", "name": "cpu", "memory_bytes": memory, "host": host}
 
 
 def count_gpus() -> int:

@@ -1,0 +1,186 @@
+"""From FLOPs to seconds and from counted bytes to a peak, by what past runs took.
+
+A run is two rates: seconds per FLOP of its dense steps and of its sparse ones, which are slower, since what sleeps saves
+products but no traffic around them. Runs of the same shape, width, batch and host give both; runs of other shapes on the
+host give a wide range; without any there is no time at all, because a number from a data sheet would be taken for one.
+How good such quotes are is shown by quoting past runs from those before them.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.quotes import PastRun
+from sat_core.plan.config import TrainConfig
+from sat_core.plan.errors import PlanError
+
+SAME = (
+    "shape",
+    "batch_size",
+    "micro_batch_size",
+    "tuning",
+    "precision",
+    "optimizer",
+    "gradient_checkpointing",
+    "compile",
+    "sharding",
+)
+PAD_MULTIPLE = 8
+# How far one run may be off the next, several of the same from each other, and other shapes from this one.
+ONE_RUN, SEVERAL_RUNS, OTHER_SHAPES = 1.5, 1.15, 3.0
+MEMORY_MEASURED, MEMORY_ANALYTIC = (0.95, 1.05), (0.7, 1.5)
+
+Span = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Seconds per FLOP; `sparse` is None where a run had no sparse step that could be told apart."""
+
+    dense: float
+    sparse: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A time in seconds as (low, expected, high), and what it stands on."""
+
+    calibrated: bool
+    seconds: Span | None
+    rates: Rates | None
+    errors: tuple[float, ...]
+    runs: int
+
+
+def timed(result: dict[str, Any], past: Sequence[PastRun]) -> Timed:
+    """How long the training steps of a prepared run will take, by `past` runs, newest first."""
+    here = [run for run in past if run.host == result["hardware"]["host"] and _measured(run)]
+    key = _key(result["config"], result["figures"])
+    same = [run for run in here if _key(run.config, run.figures) == key]
+    phases = result["quote"]["phases"]
+    if same:
+        found = [_rates(run) for run in same]
+        rates = _typical(found)
+        seconds = sorted(_seconds(phases, each) for each in found)
+        slack = ONE_RUN if len(seconds) == 1 else SEVERAL_RUNS
+        span = (seconds[0] / slack, _seconds(phases, rates), seconds[-1] * slack)
+        return Timed(
+            calibrated=True, seconds=span, rates=rates, errors=_errors(same), runs=len(same)
+        )
+    if not here:
+        return Timed(calibrated=False, seconds=None, rates=None, errors=(), runs=0)
+    flops = result["quote"]["flops"]["sat"]
+    overall = sorted(flops * _overall(run) for run in here)
+    span = (
+        overall[0] / OTHER_SHAPES,
+        statistics.geometric_mean(overall),
+        overall[-1] * OTHER_SHAPES,
+    )
+    return Timed(calibrated=False, seconds=span, rates=None, errors=(), runs=len(here))
+
+
+def peak(result: dict[str, Any], past: Sequence[PastRun]) -> tuple[bool, Span]:
+    """Whether the peak was measured, and its (low, expected, high) in bytes."""
+    key, host = _key(result["config"], result["figures"]), result["hardware"]["host"]
+    measured = [
+        run.memory_bytes
+        for run in past
+        if run.memory_bytes and run.host == host and _key(run.config, run.figures) == key
+    ]
+    if measured:
+        low, high = MEMORY_MEASURED
+        return True, (min(measured) * low, statistics.median(measured), max(measured) * high)
+    counted = result["quote"]["memory_bytes"]["peak"]
+    low, high = MEMORY_ANALYTIC
+    return False, (counted * low, counted, counted * high)
+
+
+def phase_speedups(phases: Sequence[dict[str, Any]], rates: Rates | None) -> list[float | None]:
+    """What each phase is worth in time against the same steps dense, where runs have told both rates."""
+    if rates is None:
+        return [None] * len(phases)
+    return [
+        None
+        if _sparse(p) and rates.sparse is None
+        else p["dense_flops"] * rates.dense / _seconds([p], rates)
+        for p in phases
+    ]
+
+
+def whole_speedup(phases: Sequence[dict[str, Any]], rates: Rates | None) -> float | None:
+    """What the run is worth in time against the same run dense."""
+    if None in phase_speedups(phases, rates) or rates is None:
+        return None
+    dense = float(sum(p["dense_flops"] for p in phases))
+    return dense * rates.dense / _seconds(phases, rates)
+
+
+def _key(config: dict[str, Any], figures: dict[str, Any]) -> tuple[Any, ...]:
+    width = -(-int(figures["longest"]) // PAD_MULTIPLE)
+    return (*(config.get(name) for name in SAME), width)
+
+
+def _measured(run: PastRun) -> bool:
+    return all((run.summary.get(name) or 0) > 0 for name in ("training_seconds", "flops", "steps"))
+
+
+def _overall(run: PastRun) -> float:
+    return float(run.summary["training_seconds"] / run.summary["flops"])
+
+
+def _split(run: PastRun) -> tuple[float, float]:
+    """FLOPs of the run's dense and of its sparse steps, as planned."""
+    dense, flops = run.summary["dense_flops"], run.summary["flops"]
+    try:
+        sat = TrainConfig.from_dict(run.config).sat
+    except PlanError:
+        # Frozen by another release: all of it counts alike.
+        return float(flops), 0.0
+    if not sat.sparse:
+        return float(flops), 0.0
+    steps = sum(p.last_step - p.first_step + 1 for p in sat.ladder.phases() if p.share == 0)
+    of_dense = min(flops, dense * steps / sat.total_steps)
+    return of_dense, flops - of_dense
+
+
+def _rates(run: PastRun) -> Rates:
+    seconds, dense_run = run.summary["training_seconds"], run.summary.get("dense_seconds_estimate")
+    of_dense, of_sparse = _split(run)
+    if not of_sparse:
+        return Rates(dense=seconds / of_dense, sparse=None)
+    if dense_run and run.summary["dense_flops"]:
+        dense = dense_run / run.summary["dense_flops"]
+        left = seconds - dense * of_dense
+        if left > 0:
+            return Rates(dense=dense, sparse=left / of_sparse)
+    return Rates(dense=_overall(run), sparse=_overall(run))
+
+
+def _typical(found: Sequence[Rates]) -> Rates:
+    sparse = [rates.sparse for rates in found if rates.sparse is not None]
+    return Rates(
+        dense=statistics.median(rates.dense for rates in found),
+        sparse=statistics.median(sparse) if sparse else None,
+    )
+
+
+def _sparse(phase: dict[str, Any]) -> bool:
+    return bool(phase["omission_rate_mlp"] > 0 or phase["omission_rate_attention"] > 0)
+
+
+def _seconds(phases: Sequence[dict[str, Any]], rates: Rates) -> float:
+    sparse = rates.dense if rates.sparse is None else rates.sparse
+    return float(sum(p["flops"] * (sparse if _sparse(p) else rates.dense) for p in phases))
+
+
+def _errors(same: Sequence[PastRun]) -> tuple[float, ...]:
+    """Relative errors, newest first: each run against what those before it would have said of it."""
+    errors = []
+    for number, run in enumerate(same[:-1]):
+        rates = _typical([_rates(before) for before in same[number + 1 :]])
+        of_dense, of_sparse = _split(run)
+        sparse = rates.dense if rates.sparse is None else rates.sparse
+        said = of_dense * rates.dense + of_sparse * sparse
+        errors.append(said / run.summary["training_seconds"] - 1)
+    return tuple(errors)
