@@ -38,6 +38,12 @@ def is_checkpoint(name: str) -> bool:
     return _CHECKPOINT.fullmatch(name) is not None
 
 
+def checkpoint_step(name: str) -> int | None:
+    """The step of a checkpoint, from its name; None for any other model."""
+    parts = _CHECKPOINT.fullmatch(name)
+    return int(parts["step"]) if parts else None
+
+
 def find_checkpoint(
     session: Session, project: str, name: str
 ) -> tuple[JobRow, CheckpointRow] | None:

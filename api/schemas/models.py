@@ -4,11 +4,12 @@ from typing import Literal, Self
 
 from pydantic import BaseModel
 
+from jobs.names import checkpoint_step
 from jobs.spec import ModelRecord
 
 
 class Model(BaseModel):
-    """A model that can be trained further; `base` and `job` say where a result comes from."""
+    """A model that can be trained further; `base` and `job` say where it comes from, `checkpoint` after which step."""
 
     id: str
     object: Literal["model"] = "model"
@@ -16,6 +17,7 @@ class Model(BaseModel):
     owned_by: str
     base: str | None = None
     job: str | None = None
+    checkpoint: int | None = None
 
     @classmethod
     def of(cls, record: ModelRecord) -> Self:
@@ -26,4 +28,5 @@ class Model(BaseModel):
             owned_by=record.project,
             base=record.base,
             job=record.job_id,
+            checkpoint=checkpoint_step(record.id),
         )

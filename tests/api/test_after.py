@@ -167,3 +167,25 @@ def test_merge_patch_is_that_of_the_rfc():
         "phone": "1",
     }
     assert merge_patch({"a": 1}, {"a": {"b": {"c": None}}}) == {"a": {"b": {}}}
+
+
+def test_a_model_says_where_it_comes_from(client, services):
+    job = new_job(services)
+    claim = train_job(services, steps=10, total=40)
+    saved = {
+        "seq": 900,
+        "time": 1.0,
+        "kind": "checkpoint",
+        "step": 10,
+        "path": "checkpoints/step-000010",
+        "size_bytes": 1,
+        "metrics": {},
+    }
+    services.store.record(claim, [saved], run="runs/x/2", read_position=2)
+    result = finish_job(services, steps=40, claim=claim, first=11)
+    found = [client.get(f"/v1/models/{name}").json() for name in (result, f"{result}:ckpt-step-10")]
+    assert [(m["base"], m["job"], m["checkpoint"]) for m in found] == [
+        ("local/tiny", job, None),
+        ("local/tiny", job, 10),
+    ]
+    assert client.get("/v1/models/local/tiny").json()["checkpoint"] is None
