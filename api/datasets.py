@@ -63,7 +63,7 @@ def preview_params(app: Services, run: RunRequest, rows: int) -> dict[str, Any]:
 
 def _model_version(app: Services, name: str) -> str | None:
     """Changes whenever the tokenizer or template of a local model may have; other models never change under a name."""
-    folder = app.artifacts.resolve_model(name)
+    folder = None if name.startswith("ft:") else app.artifacts.resolve_model(name)
     if folder is None:
         return None
     seen = sorted(

@@ -44,4 +44,9 @@ def services(request: Request) -> Services:
     return found
 
 
-App = Annotated[Services, Depends(services)]
+async def _services(request: Request) -> Services:
+    # Async, because FastAPI sends a plain function to a thread, for nothing, at every request.
+    return services(request)
+
+
+App = Annotated[Services, Depends(_services)]

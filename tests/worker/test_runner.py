@@ -87,6 +87,21 @@ def test_the_model_is_moved_out_of_the_run_folder(store: Store, quick: Settings)
     assert (path / "config.json").read_text() == "{}"
 
 
+def test_the_metrics_of_a_run_become_a_file_of_results(store: Store, quick: Settings) -> None:
+    claim = claim_for(store, quick, "succeed")
+    run(store, quick, claim)
+    file_id = store.get_job("default", claim.job_id).result_file
+    assert file_id is not None
+    file = store.get_file("default", file_id)
+    assert (file.purpose, file.status) == ("fine-tune-results", "processed")
+    found = [path for path in (quick.data_dir / "files").iterdir() if path.stat().st_size]
+    (text,) = (path.read_text() for path in found)
+    assert len(text.encode()) == file.bytes
+    first, *rows = text.splitlines()
+    assert first.startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,")
+    assert [row.split(",")[:5] for row in rows] == [[n, "0.5", "0.5", "", ""] for n in "123"]
+
+
 def test_the_last_crash_fails_the_job_with_the_end_of_its_log(
     store: Store, quick: Settings
 ) -> None:
