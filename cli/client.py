@@ -19,6 +19,8 @@ import httpx
 FAILED, USAGE, CANCELLED, NOT_FOUND, NOT_ALLOWED, UNREACHABLE = 1, 2, 3, 4, 5, 6
 TERMINAL = {"succeeded": 0, "failed": FAILED, "cancelled": CANCELLED}
 CONNECTION = "connection.json"
+# Below the time after which an answer is no longer waited for.
+WAIT_SECONDS = 20
 
 
 class CliError(Exception):
@@ -94,6 +96,14 @@ class Client:
         """POST a job. The idempotency key makes one call one job, even where it must be sent twice."""
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         return self._send("POST", "/v1/fine_tuning/jobs", json=body, headers=headers)
+
+    def estimate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What a job of this body would do and take, once it is ready or has failed."""
+        path, wait = "/v1/fine_tuning/estimates", {"params": {"wait": WAIT_SECONDS}}
+        found = self._send("POST", path, json=body)
+        while found["status"] == "pending":
+            found = self._send("GET", f"{path}/{found['id']}", **wait)
+        return found
 
     def job(self, job_id: str) -> dict[str, Any]:
         """One job as it stands."""

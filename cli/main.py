@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli import demo as demonstration
-from cli.client import TERMINAL, USAGE, Client, CliError, Connection
+from cli.client import FAILED, TERMINAL, USAGE, Client, CliError, Connection
 from cli.doctor import examine
+from cli.estimating import described
 from cli.up import Service
 from cli.watching import describe, follow, report
 
@@ -33,6 +34,26 @@ DataDir = Annotated[
     Path, typer.Option("--data-dir", envvar="SATUNE_DATA_DIR", help="The service's data folder.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="local/NAME, ORG/NAME of the hub, or a result ft:...")
+]
+DataSet = Annotated[
+    Path, typer.Option("--dataset", "-d", help="JSON Lines, JSON array or text file.")
+]
+Held = Annotated[
+    Path | None,
+    typer.Option("--validation", help="Held-out file; else some rows are set aside."),
+]
+MlpRate = Annotated[
+    float | None, typer.Option("--mlp", help="Omission rate of MLP channels, 0 to below 1.")
+]
+AttentionRate = Annotated[
+    float | None, typer.Option("--attention", help="Omission rate of KV groups, 0 to below 1.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field of the body, as in sat.train.max_steps=200."),
+]
 HERE = Path("satune-data")
 
 
@@ -74,27 +95,13 @@ def demo(
 
 @app.command()
 def submit(
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="local/NAME, ORG/NAME of the hub, or a result ft:..."),
-    ],
-    dataset: Annotated[
-        Path, typer.Option("--dataset", "-d", help="JSON Lines, JSON array or text file.")
-    ],
-    validation: Annotated[
-        Path | None, typer.Option(help="Held-out file; else some rows are set aside.")
-    ] = None,
-    mlp: Annotated[
-        float | None, typer.Option(help="Omission rate of MLP channels, 0 to below 1.")
-    ] = None,
-    attention: Annotated[
-        float | None, typer.Option(help="Omission rate of KV groups, 0 to below 1.")
-    ] = None,
+    model: Model,
+    dataset: DataSet,
+    validation: Held = None,
+    mlp: MlpRate = None,
+    attention: AttentionRate = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the result's name.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any field of the body, as in sat.train.max_steps=200."),
-    ] = None,
+    settings: Settings = None,
     data_dir: DataDir = HERE,
     watch_it: Annotated[
         bool, typer.Option("--watch/--no-watch", help="Follow the job to its end.")
@@ -103,22 +110,10 @@ def submit(
 ) -> None:
     """Upload a data set, create a job, follow it."""
     client = Client(Connection.find(data_dir))
-    body: dict[str, Any] = {"model": model}
-    for name, rate in (("mlp", mlp), ("attention", attention)):
-        if rate is not None:
-            _put(body, f"sat.omission_rate.{name}", rate)
-    for item in settings or []:
-        key, found, value = item.partition("=")
-        if not found:
-            raise CliError(
-                f"--set {item!r} has no '='; write it as sat.train.max_steps=200.", USAGE
-            )
-        _put(body, key, _value(value))
+    body = _body(model, mlp, attention, settings)
     if suffix:
         body["suffix"] = suffix
-    body["training_file"] = client.upload(dataset)["id"]
-    if validation:
-        body["validation_file"] = client.upload(validation)["id"]
+    _upload(client, body, dataset, validation)
     job = client.create_job(body)
     if not watch_it:
         out.print_json(data=job) if as_json else out.print(job["id"], highlight=False)
@@ -127,6 +122,30 @@ def submit(
         f"{job['id']} on {client.connection.url}/jobs/{job['id']}", highlight=False, soft_wrap=True
     )
     _watch(client, job["id"], as_json=as_json)
+
+
+@app.command()
+def estimate(
+    model: Model,
+    dataset: DataSet,
+    validation: Held = None,
+    mlp: MlpRate = None,
+    attention: AttentionRate = None,
+    settings: Settings = None,
+    data_dir: DataDir = HERE,
+    as_json: Json = False,
+) -> None:
+    """Upload a data set and say what a job on it would do and take. No job is made; status 1 where it would fail."""
+    client = Client(Connection.find(data_dir))
+    body = _body(model, mlp, attention, settings)
+    _upload(client, body, dataset, validation)
+    found = client.estimate(body)
+    if as_json:
+        out.print_json(data=found)
+    elif found["status"] == "ready":
+        out.print(described(found))
+    if found["status"] == "failed":
+        raise CliError(found["error"]["message"], FAILED)
 
 
 @app.command()
@@ -218,6 +237,29 @@ def _watch(client: Client, job_id: str, *, as_json: bool) -> None:
     else:
         report(job, out)
     raise typer.Exit(TERMINAL[job["status"]])
+
+
+def _body(
+    model: str, mlp: float | None, attention: float | None, settings: list[str] | None
+) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": model}
+    for name, rate in (("mlp", mlp), ("attention", attention)):
+        if rate is not None:
+            _put(body, f"sat.omission_rate.{name}", rate)
+    for item in settings or []:
+        key, found, value = item.partition("=")
+        if not found:
+            raise CliError(
+                f"--set {item!r} has no '='; write it as sat.train.max_steps=200.", USAGE
+            )
+        _put(body, key, _value(value))
+    return body
+
+
+def _upload(client: Client, body: dict[str, Any], dataset: Path, validation: Path | None) -> None:
+    body["training_file"] = client.upload(dataset)["id"]
+    if validation:
+        body["validation_file"] = client.upload(validation)["id"]
 
 
 def _put(body: dict[str, Any], dotted: str, value: Any) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.cli.running import Up, satune
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
 
@@ -89,3 +86,20 @@ def test_brackets_in_a_message_are_shown_and_not_taken_for_style(tmp_path: Path)
     done = satune("list", "--data-dir", str(tmp_path / "[red]odd[/nothing]"))
     assert done.returncode == 6
     assert "[red]odd[/nothing]" in done.stderr
+
+
+def test_an_estimate_makes_no_job_and_says_what_one_would_fail_of(service: Up, tmp_path: Path):
+    from tests.sat_core.tiny import write_model, write_text
+
+    write_model(Path(service.connection["data_dir"]) / "models" / "guess")
+    data = write_text(tmp_path / "text.jsonl")
+    asked = ("estimate", "-m", "local/guess", "-d", str(data), "--mlp", "0.5")
+    before = service.run("list", "--json").stdout
+    done = service.run(*asked, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "ready"
+    assert "of" in service.run(*asked).stdout
+    refused = service.run(*asked, "--set", "sat.train.max_seq_len=4096")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "max_seq_len" in refused.stderr
+    assert service.run("list", "--json").stdout == before
