@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import tracking
 from benchmarks.load import Outcome, Plan, press, request
 from benchmarks.report import figure, median
-from benchmarks.servers import Server
+from benchmarks.servers import API, Server
 
 CONNECTIONS = 32
 P99_BARS_MS = {200: 20.0, 1000: 50.0}
 Figures = list[dict[str, Any]]
-Window = tuple[float, float, Outcome | None]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One turn of an arm: when, what came back if anything was asked, and CPU seconds of the API."""
+
+    start: float
+    end: float
+    outcome: Outcome | None
+    cpu_seconds: float
 
 
 def measure(
@@ -49,22 +61,25 @@ def _polled(server: Server, trivial: int, job_id: str, database: str, rounds: in
         port=trivial, requests=[[healthz]], connections=CONNECTIONS,
         seconds=seconds, rate=1000,
     )  # fmt: skip
+    api = psutil.Process(server.pids[API])
     found: dict[str, list[Window]] = {arm: [] for arm in arms}
     for number in range(rounds):
         for arm, plan in arms.items():
-            started, outcome = time.time(), None
+            started, used, outcome = time.time(), api.cpu_times(), None
             if plan:
                 outcome = press(plan)
             else:
                 time.sleep(seconds)
-            found[arm].append((started, time.time(), outcome))
+            now = api.cpu_times()
+            cpu = now.user + now.system - used.user - used.system
+            found[arm].append(Window(started, time.time(), outcome, cpu))
         print(f"{database}, polls: round {number + 1}/{rounds}", flush=True)
     return found
 
 
 def _figures(database: str, found: dict[str, list[Window]], events: Path) -> Figures:
     figures = []
-    outcomes = {arm: [o for *_, o in windows if o] for arm, windows in found.items()}
+    outcomes = {arm: [w.outcome for w in windows if w.outcome] for arm, windows in found.items()}
     for rate, bar in P99_BARS_MS.items():
         for etags in (True, False):
             arm = _arm(rate, etags)
@@ -78,6 +93,9 @@ def _figures(database: str, found: dict[str, list[Window]], events: Path) -> Fig
                 median(f"{told}, p99", p99, "ms", held, better="lower"),
                 median(f"{told}, answered", [o.per_second for o in outcomes[arm]], "1/s"),
             ]
+            # What a busy machine changes least: it says how many a second one process could answer.
+            cpu = [1000 * w.cpu_seconds / len(w.outcome.latencies) for w in found[arm] if w.outcome]
+            figures.append(median(f"{told}, CPU of the API a request", cpu, "ms", better="lower"))
             failed = sum(sum(o.failures.values()) for o in outcomes[arm])
             figures.append(figure(f"{told}, failed or unanswered", failed, "", 0, "lower"))
             if etags:
@@ -98,7 +116,7 @@ def _kept_speed(database: str, found: dict[str, list[Window]], events: Path) -> 
     times = [e["time"] for e in map(json.loads, tracking.lines_of(events))]
 
     def speed(arm: str) -> list[float]:
-        return [sum(a <= t < b for t in times) / (b - a) for a, b, _ in found[arm]]
+        return [sum(w.start <= t < w.end for t in times) / (w.end - w.start) for w in found[arm]]
 
     quiet = speed("nobody asks")
     figures = [median(f"{database}: training steps, nobody asks", quiet, "1/s")]

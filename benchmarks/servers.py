@@ -31,6 +31,8 @@ KEY = "sk-sat-for-benchmarks"
 MLFLOW = "mlflow==3.17.2"
 # The driver is the one that Satune uses.
 MLFLOW_ENVIRONMENT = (MLFLOW, "psycopg[binary]")
+# Which of a Satune server's `pids` is the API's.
+API = 1
 START_SECONDS = 120.0
 GRACE_SECONDS = 30.0
 

@@ -33,7 +33,7 @@ BATCHES = (1, 10, 80)
 WRITERS = (1, 4)
 # More bodies than MLflow takes in a second, so that none runs short of them.
 BODIES_PER_SECOND = {1: 600, 10: 300, 80: 60}
-WARM_SECONDS = 4.0
+WARM_SECONDS = 60.0
 SUBMISSIONS = "job submissions (MLflow: runs created)"
 Measure = Callable[[], float]
 
@@ -181,8 +181,7 @@ def compare(
         rival = MlflowWriters(theirs, material, names)
         rival.rows_per_second(0.5, 10, 1)
         get = request("GET", f"/api/2.0/mlflow/runs/get?run_id={rival.runs[0]}")
-        # Each of its processes opens the database at its first request, which takes seconds.
-        _rate(theirs, get, WARM_SECONDS)()
+        _warm(theirs, get)
         run = json.dumps({"experiment_id": "0", "start_time": _milliseconds()}).encode()
         made = request("POST", "/api/2.0/mlflow/runs/create", body=run)
         others = [_rate(theirs, get, seconds), _rate(theirs, made, seconds)]
@@ -249,9 +248,20 @@ def _rate(server: Server, sent: bytes, seconds: float, *, etags: bool = False) -
 
 
 def _checked(outcome: Outcome) -> Outcome:
-    if outcome.failures:
+    """What was refused is a fault of this program; what was not answered only counts for nothing."""
+    if any(outcome.failures.keys() - {0}):
         raise RuntimeError(f"answers by status, 0 for none: {outcome.statuses}")
     return outcome
+
+
+def _warm(server: Server, sent: bytes) -> None:
+    """Ask until each of its processes has opened the database, which it does at its first request and takes seconds."""
+    plan = Plan(port=server.port, requests=[[sent]], connections=4 * CONNECTIONS, seconds=2)
+    deadline = time.monotonic() + WARM_SECONDS
+    while time.monotonic() < deadline:
+        outcome = _checked(press(plan))
+        if not outcome.failures and outcome.quantile(1) < 2:
+            return
 
 
 def _milliseconds() -> int:
