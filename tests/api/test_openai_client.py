@@ -72,3 +72,21 @@ def test_errors_reach_the_user_of_the_client_with_their_words(sdk):
     job = sdk.fine_tuning.jobs.create(model="local/tiny", training_file=file.id)
     with pytest.raises(openai.ConflictError, match=job.id):
         sdk.files.delete(file.id)
+
+
+def test_pause_and_resume_with_the_official_client(sdk):
+    file = sdk.files.create(file=("data.jsonl", ROW), purpose="fine-tune")
+    job = sdk.fine_tuning.jobs.create(model="local/tiny", training_file=file.id)
+    # A client that checks every answer knows six statuses; a plain one is told the seventh.
+    strict = sdk.with_options(default_headers={"x-compat": "strict"})
+    assert strict.fine_tuning.jobs.pause(job.id).status == "queued"
+    plain = openai.OpenAI(base_url=sdk.base_url, api_key=KEY)
+    assert plain.fine_tuning.jobs.retrieve(job.id).status == "paused"
+    plain.close()
+    assert sdk.fine_tuning.jobs.resume(job.id).status == "validating_files"
+    with pytest.raises(openai.NotFoundError):
+        sdk.fine_tuning.jobs.pause("ftjob-none")
+    sdk.fine_tuning.jobs.cancel(job.id)
+    with pytest.raises(openai.ConflictError, match="cannot be resumed") as ended:
+        sdk.fine_tuning.jobs.resume(job.id)
+    assert ended.value.code == "job_terminal"
