@@ -78,19 +78,31 @@ class Client:
             transport=httpx.HTTPTransport(retries=2),
         )
 
-    def upload(self, path: Path) -> dict[str, Any]:
+    def upload(self, path: Path, **fields: str) -> dict[str, Any]:
         """POST a data file; the file object, with its row count."""
         try:
             with path.open("rb") as file:
                 return self._send(
                     "POST",
                     "/v1/files",
-                    data={"purpose": "fine-tune"},
+                    data={"purpose": "fine-tune", **fields},
                     files={"file": (path.name, file)},
                     timeout=600,
                 )
         except OSError as error:
             raise CliError(f"{path} cannot be read: {error.strerror}.", USAGE) from error
+
+    def validation(self, file_id: str, **params: Any) -> dict[str, Any]:
+        """The report on a file, once a worker has made it."""
+        while True:
+            asked = {"wait": WAIT_SECONDS, **params}
+            found = self._send("GET", f"/v1/files/{file_id}/validation", params=asked)
+            if found["status"] != "pending":
+                return found
+
+    def delete_file(self, file_id: str) -> None:
+        """Forget a file."""
+        self._send("DELETE", f"/v1/files/{file_id}")
 
     def create_job(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST a job. The idempotency key makes one call one job, even where it must be sent twice."""

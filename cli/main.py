@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli import demo as demonstration
+from cli import validating
 from cli.client import FAILED, TERMINAL, USAGE, Client, CliError, Connection
 from cli.doctor import examine
 from cli.estimating import described
@@ -146,6 +147,42 @@ def estimate(
         out.print(described(found))
     if found["status"] == "failed":
         raise CliError(found["error"]["message"], FAILED)
+
+
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(help="Data file.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Count what would be trained on, by this model's tokenizer."
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="File to look for rows that stand in both.")
+    ] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="As sat.train.max_seq_len of a job.")
+    ] = None,
+    data_dir: DataDir = HERE,
+    as_json: Json = False,
+) -> None:
+    """Say what is wrong with a data file, and what of it would be trained on. Status 2 where it is not usable."""
+    client = Client(Connection.find(data_dir))
+    sent = []
+    try:
+        for path in (file, against):
+            if path is not None:
+                sent.append(client.upload(path, **{"sat[keep_invalid]": "true"})["id"])
+        params = {"model": model, "max_seq_len": max_seq_len}
+        given = {name: value for name, value in params.items() if value is not None}
+        given |= {"against": sent[1]} if against else {}
+        found = client.validation(sent[0], **given)
+    finally:
+        for file_id in sent:
+            client.delete_file(file_id)
+    out.print_json(data=found) if as_json else validating.show(found, str(file), out)
+    raise typer.Exit(validating.EXIT_CODES[found["status"]])
 
 
 @app.command()

@@ -87,10 +87,9 @@ class FileValidation(BaseModel):
         known = {**file.report, **found}
         errors = known.get("errors", [])
         count = known.get("error_count", 0)
-        shared = found.pop("overlap_rows", None)
-        extra = {
-            name: found[name] for name in cls.model_fields if name in found and name != "error"
-        }
+        shared = found.get("overlap_rows")
+        # The worker's report uses the same names; its `format` is that of the report itself.
+        extra = {name: found[name] for name in cls.model_fields if name in found}
         if count:
             status = "invalid"
         elif chore is not None and chore.status == "failed":
@@ -105,13 +104,13 @@ class FileValidation(BaseModel):
                 "file_id": file.id,
                 "model": model,
                 "filename": file.filename,
-                "format": file.format,
                 "encoding": known.get("encoding"),
                 "bytes": file.bytes,
                 "sha256": file.sha256,
                 "rows": known.get("rows"),
                 "warnings": known.get("warnings", []),
                 **extra,
+                "format": found.get("file_format", file.format),
                 "status": status,
                 "errors": errors,
                 "error_count": count,

@@ -103,3 +103,20 @@ def test_an_estimate_makes_no_job_and_says_what_one_would_fail_of(service: Up, t
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "max_seq_len" in refused.stderr
     assert service.run("list", "--json").stdout == before
+
+
+def test_validate_prints_the_verdict_and_leaves_no_file(service: Up, tmp_path: Path, dataset: str):
+    good = service.run("validate", dataset, "--against", dataset)
+    assert good.returncode == 0, good.stderr
+    assert "4 of format messages" in good.stdout
+    assert "4 of 4 rows stand in the other file too" in good.stdout
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(ROW + "{broken\n" + ROW)
+    told = service.run("validate", str(bad))
+    assert told.returncode == 2
+    assert f"{bad}:2: bad_json" in told.stdout
+    report = json.loads(service.run("validate", str(bad), "--json").stdout)
+    assert (report["status"], report["errors"][0]["line"]) == ("invalid", 2)
+    assert service.run("validate", str(tmp_path / "none.jsonl")).returncode == 2
+    assert service.run("validate", dataset, "--model", "local/none").returncode == 2
+    assert list((service.data_dir / "files").iterdir()) == []
