@@ -154,6 +154,7 @@ async def add_part(upload_id: str, request: Request, app: App, key: Caller) -> P
 )
 async def complete_upload(upload_id: str, request: Request, app: App, key: Caller) -> UploadObject:
     """Join the parts to a file, which is checked row by row. Completing again gives the same file."""
+    await run_in_threadpool(app.store.get_upload, key.project, upload_id)
     body, _ = await read(request, CompleteUpload)
     record = await run_in_threadpool(_complete, app, key.project, upload_id, body)
     return UploadObject.of(record)

@@ -152,7 +152,9 @@ def test_ids_of_another_project_do_not_exist(client: TestClient, app, services: 
         for name in ids:
             address = address.replace(f"{{{name}}}", ids[name])
         address = address.replace("{", "").replace("}", "")
-        answer = client.request(method, address, json=bodies.get(path.rsplit("/", 1)[-1]))
+        query = {"model": "a/b"} if path.endswith("/preview") else None
+        body = bodies.get(path.rsplit("/", 1)[-1])
+        answer = client.request(method, address, json=body, params=query)
         assert answer.status_code == 404, (method, path, answer.text)
         walked += 1
     assert walked >= 17
