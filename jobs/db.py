@@ -20,6 +20,9 @@ from jobs.settings import Settings
 
 # The first SQLite without the WAL-reset bug.
 SAFE_WAL = (3, 51, 3)
+# As many connections as may be open stay open: what is opened beyond a pool's size is closed as soon as it is given back,
+# and under load most requests would then pay for a connection of their own.
+POOL = {"pool_size": 20, "max_overflow": 0}
 # Execution option of connections whose transactions write.
 WRITES = "satune_writes"
 
@@ -29,7 +32,7 @@ def make_engine(settings: Settings) -> Engine:
     url = settings.url
     if url.startswith("sqlite"):
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(url, connect_args={"timeout": 15})
+        engine = create_engine(url, **POOL, connect_args={"timeout": 15})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -37,8 +40,7 @@ def make_engine(settings: Settings) -> Engine:
     return create_engine(
         url,
         pool_pre_ping=True,
-        pool_size=5,
-        max_overflow=15,
+        **POOL,
         connect_args={
             "options": limits,
             "connect_timeout": 5,
