@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
             "transformers": metadata.version("transformers"),
             "system": f"{platform.system()} {platform.release()}",
         },
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if changed else ""),
+        "commit": (_git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else ""),
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
 
@@ -113,7 +113,7 @@ def _number(value: float) -> str:
 
 def _git(*arguments: str) -> str:
     found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
+    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def _cpu_model() -> str:
