@@ -286,7 +286,9 @@ def judged(task: str, results: Results) -> list[dict[str, Any]]:
 
     `outside_noise` is true where the mean difference is more than two standard errors away from zero, all seeds agreeing.
     """
-    clocks = {r["arm"]: r["seconds"] for r in results.find(kind="clock", task=task)}
+    ran = {r["arm"] for r in results.find(kind="run", task=task)}
+    clock_rows = results.find(kind="clock", task=task)
+    clocks = {r["arm"]: r["seconds"] for r in clock_rows if r["arm"] in ran}
     tuned_at = {arm: results.best_rate(task, arm, SEEDS[0]) for arm in clocks}
     after = {
         arm: {r["seed"]: r for r in results.find(kind="run", task=task, arm=arm, rate=rate)}
@@ -352,7 +354,8 @@ def plot(names: list[str], results: Results, path: Path) -> None:
         lora = best_lora(name, results)
         for clock_row in results.find(kind="clock", task=name):
             arm = clock_row["arm"]
-            if arm.startswith("LoRA") and arm != lora:
+            ran = results.find(kind="run", task=name, arm=arm)
+            if not ran or (arm.startswith("LoRA") and arm != lora):
                 continue
             rate = results.best_rate(name, arm, SEEDS[0])
             found = results.find(kind="run", task=name, arm=arm, rate=rate, seed=SEEDS[0])[0]
