@@ -13,9 +13,9 @@ up:              ## set up and start the service: ARGS="--port 8080"
 	@$(INSTALL) local
 	@$(BIN)/satune up $(ARGS)
 
-test:            ## set up and run all tests: ARGS="tests/jobs -k lease"
+test:            ## set up and run all tests, two files at a time: ARGS="tests/jobs -k lease"
 	@$(INSTALL) dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check:           ## formatting, lint, types, import directions
 	@$(INSTALL) dev

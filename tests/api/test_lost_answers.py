@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
+def whole(sender: socket.socket) -> bytes:
+    """One HTTP message, however it was cut on its way; empty where the sender has closed."""
+    message = b""
+    while True:
+        head, end, body = message.partition(b"\r\n\r\n")
+        length = [h for h in head.lower().split(b"\r\n") if h.startswith(b"content-length")]
+        if end and len(body) >= (int(length[0].split(b":")[1]) if length else 0):
+            return message
+        more = sender.recv(1 << 20)
+        if not more:
+            return b""
+        message += more
+
+
 @contextlib.contextmanager
 def losing(address: str, path: bytes, times: int) -> Iterator[tuple[str, list[bytes]]]:
     """A proxy in front of `address` that loses the answer to the first `times` POSTs of `path`; and what it lost."""
@@ -35,16 +49,9 @@ def losing(address: str, path: bytes, times: int) -> Iterator[tuple[str, list[by
 
     def pass_on(inward: socket.socket) -> None:
         with inward, socket.create_connection(target) as outward:
-            while request := inward.recv(1 << 20):
+            while request := whole(inward):
                 outward.sendall(request)
-                head, _, body = request.partition(b"\r\n\r\n")
-                length = [h for h in head.lower().split(b"\r\n") if h.startswith(b"content-length")]
-                missing = int(length[0].split(b":")[1]) - len(body) if length else 0
-                while missing > 0:
-                    more = inward.recv(1 << 20)
-                    outward.sendall(more)
-                    missing -= len(more)
-                answer = outward.recv(1 << 20)
+                answer = whole(outward)
                 if request.startswith(b"POST " + path) and len(lost) < times:
                     lost.append(answer)
                     return
