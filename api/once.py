@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
+from starlette.background import BackgroundTask
 
 from api.auth import Caller
 from api.deps import App
@@ -65,11 +66,31 @@ class Once:
         render: Callable[[R], BaseModel],
         *,
         location: str,
+        then: Callable[[], None] | None = None,
     ) -> Response:
-        """Create, or answer as before. `location` is the list's path: the new object lies below it."""
+        """Create, or answer as before. `location` is the list's path: the new object lies below it.
+
+        `then` is called once the answer is on its way.
+        """
+        response = await self._run(print_of_body, make, render, location)
+        if then is not None:
+            response.background = BackgroundTask(then)
+        return response
+
+    async def _run(
+        self,
+        print_of_body: str,
+        make: Callable[[Receipt], R],
+        render: Callable[[R], BaseModel],
+        location: str,
+    ) -> Response:
+        said: list[str] = []
 
         def text(record: Any) -> str:
-            return render(record).model_dump_json()
+            # Rendered once: what is kept for a repetition is what is answered now.
+            if not said:
+                said.append(render(record).model_dump_json())
+            return said[0]
 
         attempt = Attempt(
             project=self._caller.project,

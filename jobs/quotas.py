@@ -6,7 +6,7 @@ a row, or a limit of None, is not limited. Requests per minute are counted at th
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Select, case, func, select
+from sqlalchemy import ColumnElement, Select, Subquery, case, func, select
 from sqlalchemy.orm import Session
 
 from jobs.errors import QuotaExceeded
@@ -54,12 +54,9 @@ def may_start(session: Session, project: str, stage: Stage) -> bool:
     return limit is None or _jobs(session, project, JobRow.status == Status.RUNNING) < limit
 
 
-def in_turn(waiting: Select[JobRow], stage: Stage) -> Select[JobRow]:
-    """The waiting jobs that may start, in fair order: whose project holds least comes first, then the oldest.
-
-    So one project's hundred jobs delay nobody's one.
-    """
-    holding = (
+def holdings() -> Subquery:
+    """Of each project that holds any, its claimed (`held`) and its running jobs."""
+    return (
         select(
             JobRow.project.label("project"),
             func.count(JobRow.owner).label("held"),
@@ -69,6 +66,14 @@ def in_turn(waiting: Select[JobRow], stage: Stage) -> Select[JobRow]:
         .group_by(JobRow.project)
         .subquery()
     )
+
+
+def in_turn(waiting: Select[JobRow], stage: Stage) -> Select[JobRow]:
+    """The waiting jobs that may start, in fair order: whose project holds least comes first, then the oldest.
+
+    So one project's hundred jobs delay nobody's one.
+    """
+    holding = holdings()
     query = waiting.outerjoin(holding, holding.c.project == JobRow.project)
     if stage is Stage.TRAIN:
         query = query.outerjoin(ProjectRow, ProjectRow.id == JobRow.project).where(

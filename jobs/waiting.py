@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from sqlalchemy import case, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from jobs.models import AttemptRow, JobRow, ProjectRow
-from jobs.states import HELD, WAITING, Desired, Stage, Status
+from jobs.quotas import holdings
+from jobs.states import HELD, WAITING, Desired, Stage
 from jobs.transactions import Transactions
 
 # What was long ago says little of today's jobs.
@@ -59,16 +60,7 @@ class Waiting(Transactions):
 
 
 def _waiting(session: Session, stage: Stage) -> tuple[Waiter, ...]:
-    holding = (
-        select(
-            JobRow.project.label("project"),
-            func.count(JobRow.owner).label("held"),
-            func.count(case((JobRow.status == Status.RUNNING, 1))).label("running"),
-        )
-        .where(JobRow.status.in_((Status.VALIDATING_FILES, Status.RUNNING)))
-        .group_by(JobRow.project)
-        .subquery()
-    )
+    holding = holdings()
     in_project = func.row_number().over(partition_by=JobRow.project, order_by=JobRow.seq)
     query = (
         select(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter, BackgroundTasks, Depends, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
 from api import once
@@ -62,7 +62,6 @@ def retrieve_report(job_id: str, app: App, key: Caller) -> JobReport:
 async def clone_job(
     job_id: str,
     request: Request,
-    background: BackgroundTasks,
     app: App,
     key: Caller,
     creating: once.Creating,
@@ -71,16 +70,13 @@ async def clone_job(
     job = await run_in_threadpool(app.store.get_job, key.project, job_id)
     changes = await json_object(request)
     create = check(merge_patch(create_body(job, by_method="method" in changes), changes))
-    response = await creating.run(
+    return await creating.run(
         once.fingerprint(changes),
         lambda receipt: start_job(app, key.project, create, receipt),
         lambda made: FineTuningJob.of(made, app),
         location=router.prefix,
+        then=app.bell.ring,
     )
-    # A response made by hand carries its own background.
-    background.add_task(app.bell.ring)
-    response.background = background
-    return response
 
 
 def create_body(job: JobRecord, *, by_method: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ export is deleted, and outlives its model.
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from api import once
@@ -77,22 +77,17 @@ BODY = {
         *once.CODES,
     ),
 )
-async def create_export(
-    request: Request, background: BackgroundTasks, app: App, key: Caller, creating: once.Creating
-) -> Any:
+async def create_export(request: Request, app: App, key: Caller, creating: once.Creating) -> Any:
     """Export a model; the same model in the same form is the same export."""
     body = await json_object(request)
     asked = _checked(body)
-    response = await creating.run(
+    return await creating.run(
         once.fingerprint(body),
         lambda receipt: _ask(app, key.project, asked, receipt),
         Export.of,
         location=router.prefix,
+        then=app.bell.ring,
     )
-    # A response made by hand carries its own background.
-    background.add_task(app.bell.ring)
-    response.background = background
-    return response
 
 
 def _checked(body: dict[str, Any]) -> dict[str, str]:

@@ -62,21 +62,16 @@ CREATE_CODES = (
     openapi_extra=openapi_body(),
     responses=answers(*CREATE_CODES),
 )
-async def create_job(
-    request: Request, background: BackgroundTasks, app: App, key: Caller, creating: once.Creating
-) -> Any:
+async def create_job(request: Request, app: App, key: Caller, creating: once.Creating) -> Any:
     """Start a job. A key in `Idempotency-Key` makes sending it again safe."""
     create = check(await json_object(request))
-    response = await creating.run(
+    return await creating.run(
         create.fingerprint,
         lambda receipt: start_job(app, key.project, create, receipt),
         FineTuningJob.of,
         location=router.prefix,
+        then=app.bell.ring,
     )
-    # A response made by hand carries its own background.
-    background.add_task(app.bell.ring)
-    response.background = background
-    return response
 
 
 def start_job(app: Services, project: str, create: CreateJob, receipt: Receipt) -> JobRecord:
