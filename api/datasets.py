@@ -14,6 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 
 from api.deps import Services
 from api.errors import ApiError
+from api.named import data_file, model_exists
+from api.schemas.create import CreateJob
 from jobs.spec import ChoreRecord, FileRecord
 from sat_core.plan.request import RunRequest
 
@@ -48,7 +50,7 @@ def validation_params(
         "request": None if run is None else reading(run),
         "declared_format": declared if run is None else run.sat.data.format,
         "against": against,
-        "model_version": None if run is None else _model_version(app, run.model),
+        "model_version": None if run is None else model_version(app, run.model),
     }
 
 
@@ -57,11 +59,11 @@ def preview_params(app: Services, run: RunRequest, rows: int) -> dict[str, Any]:
     return {
         "request": reading(run),
         "rows": rows,
-        "model_version": _model_version(app, run.model),
+        "model_version": model_version(app, run.model),
     }
 
 
-def _model_version(app: Services, name: str) -> str | None:
+def model_version(app: Services, name: str) -> str | None:
     """Changes whenever the tokenizer or template of a local model may have; other models never change under a name."""
     folder = None if name.startswith("ft:") else app.artifacts.resolve_model(name)
     if folder is None:
@@ -136,6 +138,16 @@ def plain_report(result: dict[str, Any]) -> dict[str, Any]:
         "error_count": result["error_count"],
         "errors": result["errors"],
     }
+
+
+def refuse_unusable(app: Services, project: str, create: CreateJob) -> None:
+    """Refuse a body whose files or model are not there, or are known to be of no use. Raises ApiError."""
+    files = {"training_file": create.training_file, "validation_file": create.validation_file}
+    files |= {f"sat.data.mix.{i}.file": m.file for i, m in enumerate(create.run.sat.data.mix)}
+    for param, file_id in files.items():
+        if file_id is not None:
+            refuse_invalid(app, data_file(app, project, file_id, param), create.run, param)
+    model_exists(app, project, create.run.model)
 
 
 def refuse_invalid(app: Services, record: FileRecord, run: RunRequest, param: str) -> None:

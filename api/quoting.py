@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.quotes import PastRun
+from sat_core.plan.accounting import padded
 from sat_core.plan.config import TrainConfig
 from sat_core.plan.errors import PlanError
 
@@ -26,7 +27,6 @@ SAME = (
     "compile",
     "sharding",
 )
-PAD_MULTIPLE = 8
 # How far one run may be off the next, several of the same from each other, and other shapes from this one.
 ONE_RUN, SEVERAL_RUNS, OTHER_SHAPES = 1.5, 1.15, 3.0
 MEMORY_MEASURED, MEMORY_ANALYTIC = (0.95, 1.05), (0.7, 1.5)
@@ -117,8 +117,7 @@ def whole_speedup(phases: Sequence[dict[str, Any]], rates: Rates | None) -> floa
 
 
 def _key(config: dict[str, Any], figures: dict[str, Any]) -> tuple[Any, ...]:
-    width = -(-int(figures["longest"]) // PAD_MULTIPLE)
-    return (*(config.get(name) for name in SAME), width)
+    return (*(config.get(name) for name in SAME), padded(int(figures["longest"])))
 
 
 def _measured(run: PastRun) -> bool:

@@ -1,6 +1,6 @@
 """How close a sparse step comes to what its arithmetic allows: efficiency = (S - 1) / (S_b - 1).
 
-    python benchmarks/limit.py [--json FILE] [--plot FILE] [--steps N] [--device cpu]
+    python benchmarks/limit.py [--json FILE] [--plot FILE] [--steps N]
 
 S is the measured speed-up over dense steps of the same run, S_b the one that counted FLOPs allow. Whole training steps
 first: real runs of the core, all that belongs to a step included, advancing in turn; then one decoder layer over widths

@@ -6,7 +6,7 @@ Satune dense and at its presets `balanced` and `fast` with ladder and dense star
 and PEFT's LoRA on the Trainer, advancing in turn. Peak memory and the time to the first step are taken from a process of
 its own for each arm, after warming up, by the kernel's own mark of the highest resident size.
 
-`--device` needs no saying: a GPU is used where there is one, and then precision is bfloat16 for all arms.
+A GPU is used where there is one, and then precision is bfloat16 for all arms.
 """
 
 from __future__ import annotations

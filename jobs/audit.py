@@ -16,17 +16,9 @@ from typing import Any
 from sqlalchemy import inspect
 from sqlalchemy.orm import Session
 
-from jobs.models import (
-    AuditRow,
-    FileRow,
-    JobRow,
-    KeyRow,
-    ModelRow,
-    ProjectRow,
-    ServiceAccountRow,
-    WebhookRow,
-)
+from jobs.models import FileRow, JobRow, ModelRow
 from jobs.spec import new_id
+from jobs.tenant_models import AuditRow, KeyRow, ProjectRow, ServiceAccountRow, WebhookRow
 
 # What is audited, and the first half of an entry's type: `api_key.created`.
 NOUNS: dict[type[Any], str] = {

@@ -10,112 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
-    BigInteger,
     CheckConstraint,
-    Double,
     ForeignKey,
     Index,
-    Integer,
-    MetaData,
     String,
     Text,
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 
+from jobs.base import Base, Document, Serial, one_of
 from jobs.states import ChoreStatus, Desired, Stage, Status, UploadStatus
-
-Serial = BigInteger().with_variant(Integer, "sqlite")
-Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-
-
-def _one_of(column: str, values: Any) -> str:
-    return f"{column} IN ({', '.join(repr(str(value)) for value in values)})"
-
-
-class Base(DeclarativeBase):
-    """Every constraint has a name, so that migrations can speak of it on both databases."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own way to say it
-        int: BigInteger,
-        float: Double,
-        dict[str, Any]: Document,
-        list[Any]: Document,
-    }
-
-
-class ProjectRow(Base):
-    """A tenant: what belongs to one project is invisible to all others. A limit of None is no limit."""
-
-    __tablename__ = "projects"
-    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
-    id: Mapped[str] = mapped_column(String(64), unique=True)
-    name: Mapped[str] = mapped_column(String(128))
-    created_at: Mapped[float]
-    archived_at: Mapped[float | None]
-    queued_jobs: Mapped[int | None]
-    running_jobs: Mapped[int | None]
-    storage_bytes: Mapped[int | None]
-    requests_per_minute: Mapped[int | None]
-
-
-class ServiceAccountRow(Base):
-    """A name that keys of one project are made for; removing it ends its keys."""
-
-    __tablename__ = "service_accounts"
-    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
-    id: Mapped[str] = mapped_column(String(40), unique=True)
-    project: Mapped[str] = mapped_column(String(64), index=True)
-    name: Mapped[str] = mapped_column(String(128))
-    created_at: Mapped[float]
-
-
-class KeyRow(Base):
-    """An API key; only the hash of its secret is kept, and rows stay when keys end, since audit rows name them."""
-
-    __tablename__ = "keys"
-    id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    project: Mapped[str] = mapped_column(String(64))
-    name: Mapped[str] = mapped_column(String(128))
-    secret_sha256: Mapped[str] = mapped_column(String(64), unique=True)
-    created_at: Mapped[float]
-    last_used_at: Mapped[float | None]
-    scopes: Mapped[list[Any]] = mapped_column(Document, default=list)
-    # The end of the secret, by which a person tells keys apart.
-    hint: Mapped[str] = mapped_column(String(8), default="")
-    service_account: Mapped[str | None] = mapped_column(String(40))
-    expires_at: Mapped[float | None]
-    revoked_at: Mapped[float | None]
-
-
-class AuditRow(Base):
-    """Who changed what; written in the transaction of the change itself."""
-
-    __tablename__ = "audit_logs"
-    __table_args__ = (Index(None, "project", "seq"),)
-    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
-    id: Mapped[str] = mapped_column(String(40), unique=True)
-    project: Mapped[str] = mapped_column(String(64))
-    created_at: Mapped[float]
-    type: Mapped[str] = mapped_column(String(64))
-    target: Mapped[str] = mapped_column(String(700))
-    changed: Mapped[list[Any]] = mapped_column(Document)
-    actor: Mapped[str] = mapped_column(String(16))
-    key_id: Mapped[str | None] = mapped_column(String(40))
-    operation: Mapped[str] = mapped_column(String(64))
-    request_id: Mapped[str] = mapped_column(String(40))
 
 
 class FileRow(Base):
@@ -143,7 +49,7 @@ class UploadRow(Base):
 
     __tablename__ = "uploads"
     __table_args__ = (
-        CheckConstraint(_one_of("status", UploadStatus), name="status"),
+        CheckConstraint(one_of("status", UploadStatus), name="status"),
         Index(None, "status", "expires_at"),
         Index(None, "project", "status"),
     )
@@ -175,8 +81,8 @@ class JobRow(Base):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        CheckConstraint(_one_of("status", Status), name="status"),
-        CheckConstraint(_one_of("desired", Desired), name="desired"),
+        CheckConstraint(one_of("status", Status), name="status"),
+        CheckConstraint(one_of("desired", Desired), name="desired"),
         Index(None, "project", "seq"),
         Index(None, "status", "seq"),
     )
@@ -231,7 +137,7 @@ class AttemptRow(Base):
     """One claim of a job: who, when, how it ended, and how far its events were read."""
 
     __tablename__ = "attempts"
-    __table_args__ = (CheckConstraint(_one_of("stage", Stage), name="stage"),)
+    __table_args__ = (CheckConstraint(one_of("stage", Stage), name="stage"),)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True)
     stage: Mapped[str] = mapped_column(String(8))
@@ -345,7 +251,7 @@ class ChoreRow(Base):
 
     __tablename__ = "chores"
     __table_args__ = (
-        CheckConstraint(_one_of("status", ChoreStatus), name="status"),
+        CheckConstraint(one_of("status", ChoreStatus), name="status"),
         Index(None, "status", "seq"),
         Index(None, "project", "subject"),
     )
@@ -379,67 +285,3 @@ class WorkerRow(Base):
     started_at: Mapped[float]
     beat_at: Mapped[float]
     beat_seq: Mapped[int] = mapped_column(default=0)
-
-
-class ReceiptRow(Base):
-    """One attempt to create something, and the answer that it was given.
-
-    `key` is the client's Idempotency-Key; without one, the row is an entry in the log of attempts by which a retry of
-    OpenAI's clients is known. `body` is written in the transaction of what it created, by whoever holds `token`.
-    """
-
-    __tablename__ = "receipts"
-    __table_args__ = (
-        UniqueConstraint("project", "scope", "key"),
-        Index(None, "key_id", "fingerprint"),
-    )
-    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
-    token: Mapped[str] = mapped_column(String(40), unique=True)
-    project: Mapped[str] = mapped_column(String(64))
-    scope: Mapped[str] = mapped_column(String(200))
-    key: Mapped[str | None] = mapped_column(String(255))
-    key_id: Mapped[str] = mapped_column(String(40))
-    fingerprint: Mapped[str] = mapped_column(String(64))
-    retry: Mapped[int]
-    created_at: Mapped[float] = mapped_column(index=True)
-    status: Mapped[int | None]
-    body: Mapped[str | None] = mapped_column(Text)
-
-
-class WebhookRow(Base):
-    """An address of a project that is told of events. The secret must be readable: signing needs it."""
-
-    __tablename__ = "webhook_endpoints"
-    __table_args__ = (Index(None, "project", "seq"),)
-    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
-    id: Mapped[str] = mapped_column(String(40), unique=True)
-    project: Mapped[str] = mapped_column(String(64))
-    name: Mapped[str] = mapped_column(String(128))
-    url: Mapped[str] = mapped_column(String(2048))
-    event_types: Mapped[list[Any]] = mapped_column(Document)
-    secret: Mapped[str] = mapped_column(String(64))
-    old_secret: Mapped[str | None] = mapped_column(String(64))
-    old_secret_until: Mapped[float | None]
-    created_at: Mapped[float]
-    updated_at: Mapped[float]
-    disabled_at: Mapped[float | None]
-
-
-class DeliveryRow(Base):
-    """An event on its way to one address; written in the transaction of the event, so that none is lost or made up."""
-
-    __tablename__ = "webhook_deliveries"
-    __table_args__ = (Index(None, "status", "next_at"), Index(None, "endpoint_id", "seq"))
-    seq: Mapped[int] = mapped_column(Serial, primary_key=True, autoincrement=True)
-    id: Mapped[str] = mapped_column(String(40), unique=True)
-    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"))
-    event_id: Mapped[str] = mapped_column(String(40))
-    event_type: Mapped[str] = mapped_column(String(64))
-    body: Mapped[str] = mapped_column(Text)
-    created_at: Mapped[float]
-    status: Mapped[str] = mapped_column(String(12))
-    tries: Mapped[int] = mapped_column(default=0)
-    next_at: Mapped[float]
-    tried_at: Mapped[float | None]
-    response_status: Mapped[int | None]
-    error: Mapped[str | None] = mapped_column(Text)

@@ -14,9 +14,10 @@ from typing import Any
 from sqlalchemy import inspect, select
 from sqlalchemy.orm import Session
 
-from jobs.models import CheckpointRow, DeliveryRow, JobRow, WebhookRow
+from jobs.models import CheckpointRow, JobRow
 from jobs.spec import new_id
 from jobs.states import Status
+from jobs.tenant_models import DeliveryRow, WebhookRow
 
 PREFIX = "fine_tuning.job."
 EVENT_TYPES = tuple(

@@ -10,9 +10,10 @@ from sqlalchemy import ColumnElement, Select, Subquery, case, func, select
 from sqlalchemy.orm import Session
 
 from jobs.errors import QuotaExceeded
-from jobs.models import CheckpointRow, FileRow, JobRow, ProjectRow
+from jobs.models import CheckpointRow, FileRow, JobRow
 from jobs.spec import Usage
 from jobs.states import Stage, Status
+from jobs.tenant_models import ProjectRow
 
 _QUEUED = (Status.VALIDATING_FILES, Status.QUEUED, Status.PAUSED)
 

@@ -20,8 +20,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from jobs.errors import IdempotencyMismatch, InProgress
-from jobs.models import ReceiptRow
 from jobs.spec import new_id
+from jobs.tenant_models import ReceiptRow
 from jobs.transactions import Transactions
 
 KEPT_SECONDS = 24 * 3600

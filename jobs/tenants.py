@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 
 from jobs.errors import InvalidCursor, LastAdminKey, NotArchivable, NotFound
 from jobs.library import record_of
-from jobs.models import AuditRow, KeyRow, ProjectRow, ServiceAccountRow
 from jobs.quotas import usage_of
 from jobs.receipts import Receipt, keep
 from jobs.spec import (
@@ -30,6 +29,7 @@ from jobs.spec import (
     Usage,
     new_id,
 )
+from jobs.tenant_models import AuditRow, KeyRow, ProjectRow, ServiceAccountRow
 from jobs.transactions import Transactions
 
 ADMIN = "admin"

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs.models import AttemptRow, JobRow, ProjectRow
+from jobs.models import AttemptRow, JobRow
 from jobs.quotas import holdings
 from jobs.states import HELD, WAITING, Desired, Stage
+from jobs.tenant_models import ProjectRow
 from jobs.transactions import Transactions
 
 # What was long ago says little of today's jobs.

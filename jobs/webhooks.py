@@ -18,10 +18,10 @@ from sqlalchemy.orm import Session
 
 from jobs.errors import InvalidCursor, NotFound
 from jobs.library import record_of
-from jobs.models import DeliveryRow, WebhookRow
 from jobs.outbox import new_delivery
 from jobs.receipts import Receipt, keep
 from jobs.spec import DeliveryRecord, Page, WebhookRecord, new_id
+from jobs.tenant_models import DeliveryRow, WebhookRow
 from jobs.transactions import Transactions
 
 # Seconds until the next try, after each one that failed: the schedule of the Standard Webhooks specification.

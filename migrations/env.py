@@ -7,8 +7,10 @@ two API replicas that start together do not migrate together.
 from alembic import context
 from sqlalchemy import text
 
+import jobs.models
+import jobs.tenant_models
+from jobs.base import Base
 from jobs.db import make_engine, writer
-from jobs.models import Base
 from jobs.settings import Settings
 
 _LOCK = 7_283_863

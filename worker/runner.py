@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs.artifacts import Artifacts
+from jobs.csv_table import csv_table
 from jobs.errors import LeaseLost, NotFound, StoreUnavailable
 from jobs.names import result_name
 from jobs.settings import Settings
 from jobs.spec import Claim, NewFile, new_id
 from jobs.states import Desired, Stage
 from jobs.store import Store
-from jobs.tables import csv_table
 from worker.child import CORE, Child
 from worker.inputs import PREPARE_FORMAT, Inputs
 from worker.tail import Tail

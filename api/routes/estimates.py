@@ -13,8 +13,7 @@ from api import datasets, quoting
 from api.auth import Caller, require_key
 from api.deps import App, Services
 from api.errors import ApiError
-from api.named import data_file, model_exists
-from api.schemas.create import CreateJob, check, json_object, openapi_body
+from api.schemas.create import BODY_CODES, CreateJob, check, json_object, openapi_body
 from api.schemas.estimates import (
     Estimate,
     EstimatedData,
@@ -43,19 +42,7 @@ Wait = Annotated[float, Query(ge=0, le=60, description="Seconds to wait for it t
     "",
     operation_id="createFineTuningEstimate",
     openapi_extra=openapi_body(),
-    responses=answers(
-        "invalid_request",
-        "invalid_value",
-        "missing_required_parameter",
-        "unknown_parameter",
-        "unsupported_parameter",
-        "conflicting_parameters",
-        "unknown_model",
-        "file_not_found",
-        "dataset_invalid",
-        "request_too_large",
-        "queue_quota_exceeded",
-    ),
+    responses=answers("invalid_request", *BODY_CODES),
 )
 async def create_estimate(
     request: Request, response: Response, app: App, key: Caller, wait: Wait = 0
@@ -84,19 +71,11 @@ async def retrieve_estimate(
 
 def _params(app: Services, project: str, create: CreateJob) -> dict[str, Any]:
     """All that decides the estimate besides the training file; refuses what a create refuses."""
-    model_exists(app, project, create.run.model)
-    training = data_file(app, project, create.training_file, "training_file")
-    datasets.refuse_invalid(app, training, create.run, "training_file")
-    if create.validation_file is not None:
-        held = data_file(app, project, create.validation_file, "validation_file")
-        datasets.refuse_invalid(app, held, create.run, "validation_file")
-    for i, entry in enumerate(create.run.sat.data.mix):
-        data_file(app, project, entry.file, f"sat.data.mix.{i}.file")
-    version = datasets.preview_params(app, create.run, 1)["model_version"]
+    datasets.refuse_unusable(app, project, create)
     return {
         "request": create.run.to_dict(),
         "validation_file": create.validation_file,
-        "model_version": version,
+        "model_version": datasets.model_version(app, create.run.model),
     }
 
 

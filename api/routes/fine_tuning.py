@@ -13,13 +13,13 @@ from fastapi.responses import StreamingResponse
 
 from api import once
 from api.auth import Caller, require_key
-from api.datasets import refuse_invalid
+from api.datasets import refuse_unusable
 from api.deps import App, Services
 from api.downloads import CODES as DOWNLOAD_CODES
 from api.downloads import RESPONSES, FileList, Wanted, WantedPart, download, listing
 from api.errors import ApiError
-from api.named import data_file, model_exists
-from api.schemas.create import CreateJob, check, json_object, openapi_body
+from api.etags import IfNoneMatch, tagged
+from api.schemas.create import BODY_CODES, CreateJob, check, json_object, openapi_body
 from api.schemas.jobs import FineTuningJob
 from api.schemas.lists import After, ListOf
 from api.schemas.problems import answers
@@ -40,19 +40,7 @@ Compat = Annotated[
     ),
 ]
 
-CREATE_CODES = (
-    "invalid_value",
-    "missing_required_parameter",
-    "unknown_parameter",
-    "unsupported_parameter",
-    "conflicting_parameters",
-    "unknown_model",
-    "dataset_invalid",
-    "file_not_found",
-    "request_too_large",
-    "queue_quota_exceeded",
-    *once.CODES,
-)
+CREATE_CODES = (*BODY_CODES, *once.CODES)
 
 
 @router.post(
@@ -85,14 +73,7 @@ def start_job(app: Services, project: str, create: CreateJob, receipt: Receipt) 
         seed=create.run.seed,
         metadata=create.metadata,
     )
-    for name in ("training_file", "validation_file"):
-        file_id = getattr(new, name)
-        if file_id is not None:
-            refuse_invalid(app, data_file(app, project, file_id, name), create.run, name)
-    for i, entry in enumerate(create.run.sat.data.mix):
-        param = f"sat.data.mix.{i}.file"
-        refuse_invalid(app, data_file(app, project, entry.file, param), create.run, param)
-    model_exists(app, project, new.model)
+    refuse_unusable(app, project, create)
     return app.store.create_job(project, new, receipt)
 
 
@@ -163,7 +144,7 @@ async def retrieve_job(
     version: Annotated[
         int | None, Query(ge=0, le=2**62, description="The version that is known.")
     ] = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: IfNoneMatch = None,
     compat: Compat = None,
 ) -> Response:
     """One job; with `If-None-Match` 304 while nothing has changed, with `wait` and `version` as soon as something has."""
@@ -183,9 +164,8 @@ def _retrieved(
     detail = shown.status_detail
     # A place in the queue changes without the job.
     place = f"-{detail.position}-{detail.reason}" if detail.position else ""
-    etag = f'W/"j{shown.version}{place}"'
-    headers = {"etag": etag, "cache-control": "private, no-cache"}
-    if if_none_match and etag.removeprefix("W/") in if_none_match:
+    headers, same = tagged(f"j{shown.version}{place}", if_none_match)
+    if same:
         return Response(status_code=304, headers=headers)
     return Response(shown.model_dump_json(), media_type="application/json", headers=headers)
 

@@ -10,14 +10,15 @@ from pydantic import BaseModel
 
 from api.auth import Caller, require_key
 from api.deps import App, Services
+from api.etags import IfNoneMatch, tagged
 from api.schemas.jobs import Checkpoint, JobEvent, JobMetrics, finite
 from api.schemas.lists import After, ListOf, Order
 from api.schemas.problems import answers
 from api.streams import EventStream, blocks
+from jobs.csv_table import csv_table
 from jobs.errors import NotFound
 from jobs.measures import STEP
 from jobs.spec import CheckpointRecord
-from jobs.tables import csv_table
 
 router = APIRouter(
     prefix="/v1/fine_tuning/jobs/{job_id}",
@@ -26,7 +27,6 @@ router = APIRouter(
 )
 
 Limit = Annotated[int, Query(ge=1, le=100)]
-IfNoneMatch = Annotated[str | None, Header()]
 MAX_POINTS = 2000
 CSV = "text/csv"
 
@@ -222,9 +222,7 @@ def _tag(
     app: Services, project: str, job_id: str, if_none_match: str | None
 ) -> tuple[dict[str, str], bool]:
     """Headers of an answer that changes only with its job, and whether the client has it. Raises NotFound."""
-    etag = f'W/"j{app.store.pulse(project, job_id).version}"'
-    headers = {"etag": etag, "cache-control": "private, no-cache"}
-    return headers, bool(if_none_match and etag.removeprefix("W/") in if_none_match)
+    return tagged(f"j{app.store.pulse(project, job_id).version}", if_none_match)
 
 
 def _json(body: BaseModel, headers: dict[str, str]) -> Response:

@@ -82,17 +82,7 @@ def retrieve_capabilities(app: App) -> Capabilities:
     "/schedules/preview",
     operation_id="previewSchedule",
     openapi_extra=described(PreviewBody),
-    responses=answers(
-        "invalid_request",
-        "invalid_value",
-        "missing_required_parameter",
-        "unknown_parameter",
-        "unsupported_parameter",
-        "conflicting_parameters",
-        "unknown_model",
-        "model_unsupported",
-        "request_too_large",
-    ),
+    responses=answers("invalid_request", "model_unsupported", *create.SETTING_CODES),
 )
 async def preview_schedule(request: Request, app: App, key: Caller) -> SchedulePreview:
     """The ladder that a job with these settings would climb: phases, rates, widths, and what each is worth at most."""

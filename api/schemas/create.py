@@ -19,6 +19,17 @@ from sat_core.plan.request import RunRequest, sat_json_schema
 MAX_BODY_BYTES = 1 << 20
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 SUFFIX_CHARS = 64
+# What a route may answer that reads settings, and one that reads the whole body.
+SETTING_CODES = (
+    "invalid_value",
+    "missing_required_parameter",
+    "unknown_parameter",
+    "unsupported_parameter",
+    "conflicting_parameters",
+    "unknown_model",
+    "request_too_large",
+)
+BODY_CODES = (*SETTING_CODES, "dataset_invalid", "file_not_found", "queue_quota_exceeded")
 KEYS = (
     "model",
     "training_file",

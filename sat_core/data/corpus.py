@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sat_core.data.packing import FIRST, TRAINED
 from sat_core.data.writing import CORPUS_FORMAT
+from sat_core.plan.accounting import padded
 from sat_core.plan.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 IGNORED_LABEL = -100
-PAD_MULTIPLE = 8
 
 
 class Batch(NamedTuple):
@@ -84,7 +84,7 @@ class Corpus:
     def batch(self, indices: list[int], device: str = "cpu") -> Batch:
         """Sequences `indices`, right-padded to a multiple of 8."""
         lengths = [int(self.offsets[i + 1] - self.offsets[i]) for i in indices]
-        width = -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
+        width = padded(max(lengths))
         ids = np.zeros((len(indices), width), dtype=np.int64)
         labels = np.full((len(indices), width), IGNORED_LABEL, dtype=np.int64)
         starts = np.zeros((len(indices), width), dtype=bool)

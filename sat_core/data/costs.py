@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sat_core.data.corpus import PAD_MULTIPLE, Corpus
+from sat_core.data.corpus import Corpus
 from sat_core.data.packing import TRAINED
-from sat_core.plan.accounting import Cost
+from sat_core.plan.accounting import PAD_MULTIPLE, Cost
 from sat_core.plan.quote import PhaseCost, probe_rows
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from sat_core.data.rendering import Renderer
 from sat_core.data.sources import Source
 from sat_core.data.tokenizer import hub_revision, load_tokenizer, model_config
 from sat_core.data.validation import Tokens, Validation
+from sat_core.plan.accounting import padded
 from sat_core.plan.config import PREPARE_FORMAT, PREPARED_FORMAT
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.families import ModelShape, shape_of
@@ -103,11 +104,10 @@ def prepare(folder: Path, config: dict[str, Any], events: Events) -> None:
 
 def _quote(config: TrainConfig, figures: dict[str, Any], *, gpu: bool) -> dict[str, Any]:
     # The corpus is read through torch, which nothing else here needs.
-    from sat_core.data.corpus import PAD_MULTIPLE
     from sat_core.data.costs import Costs
 
     costs = Costs(config).by_phase()
-    width = -(-int(figures["longest"]) // PAD_MULTIPLE) * PAD_MULTIPLE
+    width = padded(int(figures["longest"]))
     return {
         **quote(config, costs, gpu=gpu),
         "tokens": sum(cost.steps.tokens for cost in costs),

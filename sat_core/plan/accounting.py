@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from sat_core.plan.families import ModelShape
 
 
+PAD_MULTIPLE = 8
+
+
+def padded(tokens: int) -> int:
+    """Tokens of a row in a batch whose longest sequence has so many."""
+    return -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Widths:
     """Awake units summed over all layers; `mlp_channels` of one expert where there are experts."""

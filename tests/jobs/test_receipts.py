@@ -11,9 +11,9 @@ from sqlalchemy import update
 
 from jobs import receipts
 from jobs.errors import IdempotencyMismatch, InProgress
-from jobs.models import ReceiptRow
 from jobs.receipts import Attempt, Opened, Receipt
 from jobs.spec import JobRecord, NewJob
+from jobs.tenant_models import ReceiptRow
 from sat_core.plan.request import RunRequest
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from sqlalchemy import update
 
 from jobs.audit import Actor, acting
 from jobs.errors import InvalidCursor, LastAdminKey, NotArchivable, NotFound, QuotaExceeded
-from jobs.models import KeyRow
 from jobs.spec import NewFile, new_id
 from jobs.states import Stage
+from jobs.tenant_models import KeyRow
 
 from .test_store import PREPARED, add_job, claimed
 

@@ -13,12 +13,12 @@ import pytest
 from sqlalchemy import update
 
 from jobs.courier import Courier, UrlNotAllowedError, check_url
-from jobs.models import DeliveryRow
 from jobs.outbox import EVENT_TYPES
 from jobs.settings import Settings
 from jobs.spec import DeliveryRecord, WebhookRecord
 from jobs.states import Stage
 from jobs.store import Store
+from jobs.tenant_models import DeliveryRow
 from jobs.webhooks import BACK_OFF
 from tests.jobs.test_store import LIMITS, add_job, step, training
 from worker.postman import Postman
