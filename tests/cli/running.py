@@ -70,6 +70,8 @@ class Up:
 @contextlib.contextmanager
 def up(data_dir: Path, *options: str, **settings: str) -> Iterator[Up]:
     """`satune up` on `data_dir`, once it has said where it is; killed at the end if it still runs."""
+    # A shell that runs the tests in the background has them, and all they start, ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [
             sys.executable,
