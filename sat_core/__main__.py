@@ -123,4 +123,11 @@ def _hold_lifeline() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if "RANK" in os.environ:
+        # All is written by now. Gloo's threads may still hold tensors while the interpreter is taken down, which aborts a
+        # rank now and then (pytorch/pytorch#179291).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
