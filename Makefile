@@ -29,7 +29,7 @@ format:          ## rewrite the sources as `check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench:           ## measure speed and quality in half an hour; one table of figures and bars
+bench:           ## measure speed and quality, shortened; one table of figures and bars
 	@$(INSTALL) dev
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 

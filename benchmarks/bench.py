@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py [--full] [--out FOLDER]
 
-Without `--full`, half an hour on two cores: `limit`, `peers`, `service`, and one task of `same_clock` with the learning
+Without `--full`, meant for half an hour on two cores: `limit`, `peers`, `service`, and one task of `same_clock` with the learning
 rates stored in docs/evidence. With it, everything, resumable where a program keeps rows. Each program runs as a process of its
 own and leaves its JSON in the folder, so that one that fails costs no other's result.
 """
