@@ -198,10 +198,20 @@ def _keep_part(app: Services, project: str, upload_id: str, draft: Draft) -> Upl
 
 
 def _complete(app: Services, project: str, upload_id: str, body: CompleteUpload) -> UploadRecord:
-    upload = app.store.get_upload(project, upload_id)
-    if upload.status == "completed":
-        return upload
+    try:
+        return _make_file(app, project, upload_id, body)
+    except (UploadClosed, FileNotFoundError):
+        # It is complete already: the client asks again, or asked twice at once. Or it was cancelled meanwhile.
+        upload = app.store.get_upload(project, upload_id)
+        if upload.status == "completed":
+            return upload
+        refuse_closed(upload)
+        raise
+
+
+def _make_file(app: Services, project: str, upload_id: str, body: CompleteUpload) -> UploadRecord:
     parts = app.store.chosen_parts(project, upload_id, body.part_ids)
+    upload = app.store.get_upload(project, upload_id)
     terms, limit = Terms.of_body(upload.settings), app.settings.max_file_bytes
     draft = Draft(
         app.artifacts.files,
@@ -215,13 +225,6 @@ def _complete(app: Services, project: str, upload_id: str, body: CompleteUpload)
         completed = app.store.complete_upload(
             project, upload_id, file, lambda: app.artifacts.keep(draft.path, file.sha256)
         )
-    except (UploadClosed, FileNotFoundError):
-        # Another request of the same client was quicker, or it was cancelled meanwhile.
-        upload = app.store.get_upload(project, upload_id)
-        if upload.status != "completed":
-            refuse_closed(upload)
-            raise
-        return upload
     finally:
         draft.discard()
     shutil.rmtree(app.artifacts.upload(upload_id), ignore_errors=True)
