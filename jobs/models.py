@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from jobs.base import Base, Document, Serial, one_of
-from jobs.states import ChoreStatus, Desired, Stage, Status, UploadStatus
+from jobs.states import ChoreStatus, Desired, IntegrationStatus, Stage, Status, UploadStatus
 
 
 class FileRow(Base):
@@ -131,6 +131,9 @@ class JobRow(Base):
     summary: Mapped[dict[str, Any] | None] = mapped_column(Document)
     # The file of its metrics.
     result_file: Mapped[str | None] = mapped_column(String(40))
+    integrations: Mapped[list[Any] | None]
+    # What was said before its first step of what it would take; large, and only reports and later quotes ask for it.
+    quote: Mapped[dict[str, Any] | None] = mapped_column(Document, deferred=True)
 
 
 class AttemptRow(Base):
@@ -148,6 +151,31 @@ class AttemptRow(Base):
     # Byte offset in events.jsonl, and the number of the last event before it.
     read_position: Mapped[int] = mapped_column(default=0)
     read_seq: Mapped[int] = mapped_column(default=0)
+    # What its GPUs spent, by their own meter; null where there is none.
+    energy_joules: Mapped[float | None]
+
+
+class IntegrationRow(Base):
+    """A tracker of experiments that a job's metrics are sent to; its settings are entry `number` of the job's own list.
+
+    Whoever holds `owner` sends, and says so again before `next_at`. `step` is the last one that has arrived.
+    """
+
+    __tablename__ = "integrations"
+    __table_args__ = (
+        CheckConstraint(one_of("status", IntegrationStatus), name="status"),
+        Index(None, "status", "next_at"),
+    )
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    type: Mapped[str] = mapped_column(String(16))
+    status: Mapped[str] = mapped_column(String(8))
+    step: Mapped[int] = mapped_column(default=-1)
+    url: Mapped[str | None] = mapped_column(Text)
+    error: Mapped[str | None] = mapped_column(Text)
+    failures: Mapped[int] = mapped_column(default=0)
+    owner: Mapped[str | None] = mapped_column(String(40))
+    next_at: Mapped[float]
 
 
 class EventRow(Base):
@@ -282,6 +310,8 @@ class WorkerRow(Base):
     hostname: Mapped[str] = mapped_column(String(255))
     pid: Mapped[int]
     slots: Mapped[dict[str, Any]]
+    # Types of integrations whose library it has.
+    integrations: Mapped[list[Any] | None]
     started_at: Mapped[float]
     beat_at: Mapped[float]
     beat_seq: Mapped[int] = mapped_column(default=0)

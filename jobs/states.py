@@ -46,6 +46,14 @@ class ChoreStatus(StrEnum):
     FAILED = "failed"
 
 
+class IntegrationStatus(StrEnum):
+    """Whether an integration is still sent to: until it has all, or was tried in vain too often."""
+
+    OPEN = "open"
+    DONE = "done"
+    FAILED = "failed"
+
+
 class UploadStatus(StrEnum):
     """OpenAI's four states of a file that comes in parts."""
 

@@ -106,6 +106,18 @@ class ReceiptRow(Base):
     body: Mapped[str | None] = mapped_column(Text)
 
 
+class SecretRow(Base):
+    """What a project's jobs need to speak to other services; readable here alone, and told to nobody again."""
+
+    __tablename__ = "secrets"
+    __table_args__ = (UniqueConstraint("project", "name"),)
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(64))
+    value: Mapped[str] = mapped_column(Text)
+    updated_at: Mapped[float]
+
+
 class WebhookRow(Base):
     """An address of a project that is told of events. The secret must be readable: signing needs it."""
 
