@@ -9,6 +9,8 @@ from sat_core.plan.families import Family, ModelShape, Slice, family_of, shape_o
 from sat_core.slicing import SlicedBlock, SlicedParameter, follow
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
     from sat_core.plan.config import SatConfig
@@ -53,19 +55,15 @@ def mlp_block(anatomy: Anatomy, layer: int) -> SlicedBlock:
     """The MLP of a layer, or all its experts; a unit is a channel."""
     shape, family = anatomy.shape, anatomy.family
     units = shape.intermediate * shape.experts
-    parts = _parts(anatomy, layer, family.mlp, units)
     module = anatomy.layer(layer).get_submodule(family.mlp_module)
-    attributes: list[tuple[Any, str, float]] = (
-        [(module, "intermediate_dim", 1 / shape.experts)] if shape.experts > 1 else []
-    )
     return SlicedBlock(
         layer,
         "mlp",
         module,
-        parts,
+        _parts(anatomy, module, family.mlp, units),
         units,
         stretches=shape.experts,
-        attributes=attributes,
+        attributes=[(module, "intermediate_dim", 1 / shape.experts)] * (shape.experts > 1),
         asleep_on=anatomy.config.asleep_on,
     )
 
@@ -73,7 +71,7 @@ def mlp_block(anatomy: Anatomy, layer: int) -> SlicedBlock:
 def attention_block(anatomy: Anatomy, layer: int) -> SlicedBlock:
     """The attention of a layer; a unit is what the config's `attention_unit` says."""
     shape, family = anatomy.shape, anatomy.family
-    module: Any = anatomy.layer(layer).get_submodule(family.attention_module)
+    module = anatomy.layer(layer).get_submodule(family.attention_module)
     whole_groups = anatomy.config.attention_unit == "kv_group"
     units = shape.num_kv_heads if whole_groups else shape.num_heads
     heads = shape.heads_per_group if whole_groups else 1
@@ -81,16 +79,14 @@ def attention_block(anatomy: Anatomy, layer: int) -> SlicedBlock:
         "heads": heads,
         "kv_heads": 1,
         "width": heads * shape.head_dim,
+        "groups": 1 / shape.num_kv_heads,
     }
-    wanted = family.attributes
-    if not whole_groups:
-        quantities = {"groups": 1 / shape.num_kv_heads}
-        wanted = (("num_key_value_groups", "groups"),)
+    wanted = family.attributes if whole_groups else (("num_key_value_groups", "groups"),)
     return SlicedBlock(
         layer,
         "attention",
         module,
-        _parts(anatomy, layer, family.attention if whole_groups else family.queries, units),
+        _parts(anatomy, module, family.attention if whole_groups else family.queries, units),
         units,
         stretches=1 if whole_groups else shape.num_kv_heads,
         attributes=[(*follow(module, path), quantities[q]) for path, q in wanted],
@@ -99,7 +95,7 @@ def attention_block(anatomy: Anatomy, layer: int) -> SlicedBlock:
 
 
 def _parts(
-    anatomy: Anatomy, layer: int, slices: tuple[Slice, ...], units: int
+    anatomy: Anatomy, module: nn.Module, slices: tuple[Slice, ...], units: int
 ) -> list[SlicedParameter]:
     shape = anatomy.shape
     group = shape.head_dim * shape.heads_per_group
@@ -110,41 +106,38 @@ def _parts(
         "group": group,
         "qkv": group + 2 * shape.head_dim,
     }
-    parts = []
-    for item in slices:
-        path, _, leaf = item.name.rpartition(".")
-        owner = anatomy.layer(layer).get_submodule(path)
-        for i, (holder, name, dim) in enumerate(_carriers(owner, leaf, item.dim)):
-            parameter: Any = getattr(holder, name, None)
-            if parameter is None and item.optional:
-                continue
-            parts.append(
-                SlicedParameter(
-                    name=anatomy.names[id(parameter)],
-                    parameter=parameter,
-                    owner=holder,
-                    dim=dim,
-                    segments=tuple(rows[s] for s in item.segments),
-                    num_units=units,
-                    out=item.out,
-                    adapter=i > 0,
-                    experts=shape.experts if item.experts else 1,
-                )
-            )
-    return parts
+    return [
+        SlicedParameter(
+            name=anatomy.names[id(getattr(owner, leaf))],
+            parameter=getattr(owner, leaf),
+            owner=owner,
+            dim=dim,
+            segments=tuple(rows[s] for s in item.segments),
+            num_units=units,
+            out=item.out,
+            adapter=adapter,
+            experts=shape.experts if item.experts else 1,
+        )
+        for item in slices
+        for owner, leaf, dim, adapter in _carriers(module, item)
+    ]
 
 
-def _carriers(owner: Any, leaf: str, dim: int) -> list[tuple[Any, str, int]]:
-    """The tensors that carry a projection's units: its own, and those of its LoRA adapters where peft has put some.
+def _carriers(module: Any, item: Slice) -> Iterator[tuple[Any, str, int, bool]]:
+    """The tensors that carry a projection's units, each with its owner, the dimension that narrows, and whether it is LoRA's.
 
-    peft keeps the projection as `base_layer`; `lora_A` [rank, in] narrows with the input, `lora_B` [out, rank] with the
-    output.
+    A weight is [out, in], Conv1D's (which alone has `nf`) [in, out]; a bias narrows with the output. peft keeps the
+    projection as `base_layer`, beside `lora_A` [rank, in] and `lora_B` [out, rank].
     """
-    if not hasattr(owner, "base_layer"):
-        return [(owner, leaf, dim)]
-    base = [(owner.base_layer, leaf, dim)]
-    if leaf != "weight":
-        return base
-    if dim == int(owner.fan_in_fan_out):
-        return base + [(adapter, "weight", 0) for adapter in owner.lora_B.values()]
-    return base + [(adapter, "weight", 1) for adapter in owner.lora_A.values()]
+    if item.experts:
+        yield module, item.name, 1 + item.out, False
+        return
+    projection = module.get_submodule(item.name)
+    base = getattr(projection, "base_layer", projection)
+    yield base, "weight", int(item.out != hasattr(base, "nf")), False
+    if not item.out and base.bias is not None:
+        yield base, "bias", 0, False
+    if base is not projection:
+        adapters = projection.lora_A if item.out else projection.lora_B
+        for adapter in adapters.values():
+            yield adapter, "weight", int(item.out), True

@@ -1,10 +1,11 @@
-"""Which parameter carries which unit, per architecture: data, not code paths.
+"""Which projection carries which unit, per architecture: data, not code paths.
 
 A unit is an MLP channel or a whole KV group (its query heads, its key and its value head). It is described by
-(parameter name, dimension, segments), never by a module class, so a biased or a fused projection is one more line here and
-nothing elsewhere. A family is added by naming its parameters and by the twin test that sliced equals masked.
+(projection, segments), never by a module class, so a fused projection is one more line here and nothing elsewhere; weights,
+biases and adapters follow their projection (`sat_core.blocks`). A family is added by naming its projections and by the twin
+test that sliced equals masked.
 
-Segments say how the rows of a parameter follow its units: each segment holds so many rows of every unit, in unit order,
+Segments say how the rows of a projection follow its units: each segment holds so many rows of every unit, in unit order,
 and segments follow each other. A fused gate_up is ("channel", "channel"); a fused qkv of three stretches is
 ("group", "head", "head"); one that is interleaved per head is ("qkv",).
 """
@@ -17,22 +18,19 @@ from typing import Any
 from sat_core.plan.errors import ModelError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Slice:
-    """One parameter of a decoder layer, and how it follows its units.
+    """One projection, by its name below the module of its block, and how it follows its units.
 
-    `dim` is the dimension that narrows. A segment's rows per unit: "channel" 1, "head" head_dim, "group" head_dim times
-    the query heads of one KV group, "qkv" head_dim times those plus two, "query" head_dim of one query head. `out` marks
-    the projection back into the residual stream. `experts` marks a leading dimension of experts. Optional parameters
-    (biases) may be absent from a model.
+    A segment's rows per unit: "channel" 1, "head" head_dim, "group" head_dim times the query heads of one KV group, "qkv"
+    head_dim times those plus two, "query" head_dim of one query head. `out` marks the projection back into the residual
+    stream, whose inputs narrow; of the others the outputs do. `experts` marks a bare parameter of all experts.
     """
 
     name: str
-    dim: int
     segments: tuple[str, ...] = ("channel",)
     out: bool = False
     experts: bool = False
-    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +39,11 @@ class Family:
 
     Attributes:
         layers: where the decoder layers are.
-        mlp, attention: the parameters of a layer that carry units; gate before up.
-        mlp_module, attention_module: the submodules whose forward uses them.
+        mlp_module, attention_module: the submodules of a layer whose forward uses the projections.
+        mlp, attention: the projections that carry units; gate before up.
         attributes: (path below the attention module, quantity) that must follow the width, quantity being one of "heads",
             "kv_heads" and "width" (heads times head_dim).
-        queries: parameters of the other attention unit, one query head in every KV group; empty where it is not supported.
+        queries: projections of the other attention unit, one query head in every KV group; empty where it is not supported.
         keys: names in config.json where they differ from Llama's.
         gated: whether the MLP has a gate.
         tied: whether embeddings are tied where config.json is silent.
@@ -55,9 +53,9 @@ class Family:
     model_types: tuple[str, ...]
     layers: str
     mlp: tuple[Slice, ...]
-    mlp_module: str
+    mlp_module: str = "mlp"
     attention: tuple[Slice, ...]
-    attention_module: str
+    attention_module: str = "self_attn"
     attributes: tuple[tuple[str, str], ...] = ()
     queries: tuple[Slice, ...] = ()
     keys: dict[str, str] = field(default_factory=dict)
@@ -66,56 +64,37 @@ class Family:
     whole_heads_if: str = ""
 
 
-_GATED_MLP = (
-    Slice(name="mlp.gate_proj.weight", dim=0),
-    Slice(name="mlp.up_proj.weight", dim=0),
-    Slice(name="mlp.down_proj.weight", dim=1, out=True),
-    Slice(name="mlp.gate_proj.bias", dim=0, optional=True),
-    Slice(name="mlp.up_proj.bias", dim=0, optional=True),
-)
+def _two_matrices(into: str, out: str) -> tuple[Slice, ...]:
+    """An MLP without a gate."""
+    return Slice(into), Slice(out, out=True)
 
 
 def _separate_attention(out: str) -> tuple[Slice, ...]:
-    """q, k, v as three projections under self_attn, and the output projection's name."""
+    """q, k, v as three projections, and the output projection's name."""
     return (
-        Slice(name="self_attn.q_proj.weight", dim=0, segments=("group",)),
-        Slice(name="self_attn.k_proj.weight", dim=0, segments=("head",)),
-        Slice(name="self_attn.v_proj.weight", dim=0, segments=("head",)),
-        Slice(name=f"self_attn.{out}.weight", dim=1, segments=("group",), out=True),
-        Slice(name="self_attn.q_proj.bias", dim=0, segments=("group",), optional=True),
-        Slice(name="self_attn.k_proj.bias", dim=0, segments=("head",), optional=True),
-        Slice(name="self_attn.v_proj.bias", dim=0, segments=("head",), optional=True),
+        Slice("q_proj", ("group",)),
+        Slice("k_proj", ("head",)),
+        Slice("v_proj", ("head",)),
+        Slice(out, ("group",), out=True),
     )
 
 
-def _interleaved_attention(module: str) -> tuple[Slice, ...]:
-    """q, k and v of each KV group beside each other in one projection."""
-    name = f"{module}.query_key_value"
-    return (
-        Slice(name=f"{name}.weight", dim=0, segments=("qkv",)),
-        Slice(name=f"{name}.bias", dim=0, segments=("qkv",), optional=True),
-        Slice(name=f"{module}.dense.weight", dim=1, segments=("group",), out=True),
-    )
-
-
-_QUERIES = (
-    Slice(name="self_attn.q_proj.weight", dim=0, segments=("query",)),
-    Slice(name="self_attn.o_proj.weight", dim=1, segments=("query",), out=True),
-    Slice(name="self_attn.q_proj.bias", dim=0, segments=("query",), optional=True),
-)
-
+# q, k and v of each KV group beside each other in one projection.
+_INTERLEAVED = (Slice("query_key_value", ("qkv",)), Slice("dense", ("group",), out=True))
 _LLAMA: dict[str, Any] = {
     "layers": "model.layers",
-    "mlp_module": "mlp",
-    "mlp": _GATED_MLP,
-    "attention_module": "self_attn",
+    "mlp": (Slice("gate_proj"), Slice("up_proj"), Slice("down_proj", out=True)),
     "attention": _separate_attention("o_proj"),
-    "queries": _QUERIES,
+    "queries": (Slice("q_proj", ("query",)), Slice("o_proj", ("query",), out=True)),
 }
-_EXPERTS = (
-    Slice(name="mlp.experts.gate_up_proj", dim=1, segments=("channel", "channel"), experts=True),
-    Slice(name="mlp.experts.down_proj", dim=2, out=True, experts=True),
-)
+_EXPERTS: dict[str, Any] = {
+    **_LLAMA,
+    "mlp_module": "mlp.experts",
+    "mlp": (
+        Slice("gate_up_proj", ("channel", "channel"), experts=True),
+        Slice("down_proj", out=True, experts=True),
+    ),
+}
 
 FAMILIES = (
     Family(model_types=("llama", "mistral", "qwen2", "qwen3"), **_LLAMA),
@@ -123,32 +102,21 @@ FAMILIES = (
     Family(
         model_types=("phi3",),
         layers="model.layers",
-        mlp_module="mlp",
-        mlp=(
-            Slice(name="mlp.gate_up_proj.weight", dim=0, segments=("channel", "channel")),
-            Slice(name="mlp.down_proj.weight", dim=1, out=True),
-        ),
-        attention_module="self_attn",
+        mlp=(Slice("gate_up_proj", ("channel", "channel")), Slice("down_proj", out=True)),
         attention=(
-            Slice(name="self_attn.qkv_proj.weight", dim=0, segments=("group", "head", "head")),
-            Slice(name="self_attn.o_proj.weight", dim=1, segments=("group",), out=True),
+            Slice("qkv_proj", ("group", "head", "head")),
+            Slice("o_proj", ("group",), out=True),
         ),
         attributes=(("config.num_attention_heads", "heads"), ("num_key_value_heads", "kv_heads")),
     ),
     Family(
         model_types=("gpt2",),
         layers="transformer.h",
-        mlp_module="mlp",
-        mlp=(
-            Slice(name="mlp.c_fc.weight", dim=1),
-            Slice(name="mlp.c_fc.bias", dim=0),
-            Slice(name="mlp.c_proj.weight", dim=0, out=True),
-        ),
+        mlp=_two_matrices("c_fc", "c_proj"),
         attention_module="attn",
         attention=(
-            Slice(name="attn.c_attn.weight", dim=1, segments=("head", "head", "head")),
-            Slice(name="attn.c_attn.bias", dim=0, segments=("head", "head", "head")),
-            Slice(name="attn.c_proj.weight", dim=0, segments=("head",), out=True),
+            Slice("c_attn", ("head", "head", "head")),
+            Slice("c_proj", ("head",), out=True),
         ),
         attributes=(("num_heads", "heads"), ("split_size", "width")),
         keys={
@@ -164,26 +132,16 @@ FAMILIES = (
     Family(
         model_types=("gpt_neox",),
         layers="gpt_neox.layers",
-        mlp_module="mlp",
-        mlp=(
-            Slice(name="mlp.dense_h_to_4h.weight", dim=0),
-            Slice(name="mlp.dense_h_to_4h.bias", dim=0),
-            Slice(name="mlp.dense_4h_to_h.weight", dim=1, out=True),
-        ),
+        mlp=_two_matrices("dense_h_to_4h", "dense_4h_to_h"),
         attention_module="attention",
-        attention=_interleaved_attention("attention"),
+        attention=_INTERLEAVED,
         gated=False,
     ),
     Family(
         model_types=("opt",),
         layers="model.decoder.layers",
         mlp_module="",
-        mlp=(
-            Slice(name="fc1.weight", dim=0),
-            Slice(name="fc1.bias", dim=0, optional=True),
-            Slice(name="fc2.weight", dim=1, out=True),
-        ),
-        attention_module="self_attn",
+        mlp=_two_matrices("fc1", "fc2"),
         attention=_separate_attention("out_proj"),
         attributes=(("num_heads", "heads"),),
         keys={"intermediate_size": "ffn_dim"},
@@ -193,25 +151,18 @@ FAMILIES = (
     Family(
         model_types=("falcon",),
         layers="transformer.h",
-        mlp_module="mlp",
-        mlp=(
-            Slice(name="mlp.dense_h_to_4h.weight", dim=0),
-            Slice(name="mlp.dense_h_to_4h.bias", dim=0, optional=True),
-            Slice(name="mlp.dense_4h_to_h.weight", dim=1, out=True),
-        ),
+        mlp=_two_matrices("dense_h_to_4h", "dense_4h_to_h"),
         attention_module="self_attention",
-        attention=_interleaved_attention("self_attention"),
+        attention=_INTERLEAVED,
         attributes=(("num_heads", "heads"), ("num_kv_heads", "kv_heads")),
         keys={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
         gated=False,
         tied=True,
         whole_heads_if="alibi",
     ),
-    Family(model_types=("mixtral",), **{**_LLAMA, "mlp": _EXPERTS, "mlp_module": "mlp.experts"}),
+    Family(model_types=("mixtral",), **_EXPERTS),
     Family(
-        model_types=("qwen3_moe",),
-        keys={"intermediate_size": "moe_intermediate_size"},
-        **{**_LLAMA, "mlp": _EXPERTS, "mlp_module": "mlp.experts"},
+        model_types=("qwen3_moe",), keys={"intermediate_size": "moe_intermediate_size"}, **_EXPERTS
     ),
 )
 
@@ -277,7 +228,7 @@ def family_of(model_type: str) -> Family:
             return family
     raise ModelError(
         f"model_type {model_type!r} is not supported; supported: {', '.join(supported_model_types())}. "
-        "A family is added in sat_core/plan/families.py by naming the parameters that carry its units.",
+        "A family is added in sat_core/plan/families.py by naming the projections that carry its units.",
         "model",
     )
 
