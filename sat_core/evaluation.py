@@ -7,7 +7,7 @@ set to choose. Samples are for the eye.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,10 +71,6 @@ class Measures:
             "samples": self.samples,
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
-
 
 class Judge:
     """Measures a run before, during and after."""
@@ -89,23 +85,17 @@ class Judge:
         *,
         chat: bool,
     ) -> None:
+        """`chat` continues prompts as a user's turn, as fits a run that is supervised on messages."""
         self.parts, self.config, self.held = parts, config, held
         self.measures, self.events, self.chat = measures, events, chat
 
     def begin(self) -> None:
         """What can only be measured before the first step: the base model's own text and its samples."""
-        config, measures, parts = self.config, self.measures, self.parts
-        with parts.autocast():
-            measures.own_text = write_own_text(
-                parts.sparsity,
-                parts.tokenizer,
-                sequences=config.forgetting_sequences,
-                seed=config.seed,
-                device=parts.device,
-            )
+        measures = self.measures
+        measures.own_text = self._write_own_text()
         measures.forgetting_before = self._forgetting()
         measures.samples = [
-            {"prompt": p, "before": self._sample(p, 0), "after": ""} for p in config.prompts
+            {"prompt": p, "before": self._sample(p, 0), "after": ""} for p in self.config.prompts
         ]
 
     def end(self, step: int) -> None:
@@ -121,14 +111,7 @@ class Judge:
         if len(self.held) == 0:
             return
         self.events.state("evaluating", f"Evaluating on {len(self.held)} held-out sequences")
-        with self.parts.autocast():
-            found = evaluate(
-                self.parts.sparsity,
-                self.held,
-                batch_size=counters.micro_batch_size or self.config.micro_batch_size,
-                device=self.parts.device,
-                alive=alive,
-            )
+        found = self._held_out(counters.micro_batch_size or self.config.micro_batch_size, alive)
         if found is None:
             return
         self.measures.first = self.measures.first or found
@@ -141,6 +124,38 @@ class Judge:
             tokens=found.tokens,
         )
 
+    @torch.no_grad()
+    def _held_out(self, batch_size: int, alive: Callable[[], bool]) -> HeldOut | None:
+        parts = self.parts
+        total, correct, labels = 0.0, 0, 0
+        with parts.autocast(), parts.sparsity.dense_forward():
+            for indices in self.held.in_order(batch_size):
+                if not alive():
+                    return None
+                found = token_loss(parts.model, self.held.batch(indices, parts.device))
+                total, correct = total + float(found.total), correct + int(found.correct)
+                labels += found.labels
+        if not labels:
+            return None
+        return HeldOut(loss=total / labels, token_accuracy=correct / labels, tokens=labels)
+
+    def _write_own_text(self) -> list[list[int]]:
+        """Token ids that the model draws from its own distribution, of equal length, the same for the same seed."""
+        tokenizer, device = self.parts.tokenizer, self.parts.device
+        number = self.config.forgetting_sequences
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if start is None or number == 0:
+            return []
+        length = min(OWN_TEXT_TOKENS, self.parts.sparsity.shape.context - 1)
+        ids_B1 = torch.full((number, 1), start, device=device)
+        with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+            torch.manual_seed(self.config.seed)
+            text = self._generate(
+                ids_B1, max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0
+            )
+        rows: list[list[int]] = text.tolist()
+        return rows
+
     def _forgetting(self) -> float | None:
         if not self.measures.own_text:
             return None
@@ -148,92 +163,42 @@ class Judge:
             return own_text_loss(self.parts.sparsity, self.measures.own_text, self.parts.device)
 
     def _sample(self, prompt: str, step: int) -> str:
-        with self.parts.autocast():
-            text = sample(
-                self.parts.sparsity,
-                self.parts.tokenizer,
-                prompt,
-                max_new_tokens=self.config.max_new_tokens,
-                chat=self.chat,
-            )
-        self.events.emit("sample", step=step, prompt=prompt, text=text)
-        return text
-
-
-@torch.no_grad()
-def evaluate(
-    sparsity: Sparsity, corpus: Corpus, *, batch_size: int, device: str, alive: Callable[[], bool]
-) -> HeldOut | None:
-    """Loss over the whole split; None where it is empty, or where `alive` turned false on the way."""
-    total, correct, labels = 0.0, 0, 0
-    with sparsity.dense_forward():
-        for indices in corpus.in_order(batch_size):
-            if not alive():
-                return None
-            found = token_loss(sparsity.model, corpus.batch(indices, device))
-            total, correct = total + float(found.total), correct + int(found.correct)
-            labels += found.labels
-    if not labels:
-        return None
-    return HeldOut(loss=total / labels, token_accuracy=correct / labels, tokens=labels)
-
-
-@torch.no_grad()
-def write_own_text(
-    sparsity: Sparsity, tokenizer: Any, *, sequences: int, seed: int, device: str
-) -> list[list[int]]:
-    """Token ids that the model draws from its own distribution, `sequences` of equal length, the same for the same seed."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None or sequences == 0:
-        return []
-    length = min(OWN_TEXT_TOKENS, sparsity.shape.context - 1)
-    ids_B1 = torch.full((sequences, 1), start, device=device)
-    devices = [device] if device.startswith("cuda") else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        text = _generate(
-            sparsity, ids_B1, max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0
+        """Greedy continuation of `prompt`."""
+        tokenizer = self.parts.tokenizer
+        text = prompt
+        if self.chat:
+            turn = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        encoded = tokenizer(text, add_special_tokens=not self.chat, return_tensors="pt")
+        ids_BT = encoded["input_ids"].to(self.parts.device)
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        out_BT = self._generate(
+            ids_BT, max_new_tokens=self.config.max_new_tokens, do_sample=False, pad_token_id=pad
         )
-    rows: list[list[int]] = text.tolist()
-    return rows
+        said = str(tokenizer.decode(out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True))
+        self.events.emit("sample", step=step, prompt=prompt, text=said)
+        return said
+
+    @torch.no_grad()
+    def _generate(self, ids_BT: Tensor, **settings: Any) -> Tensor:
+        sparsity = self.parts.sparsity
+        with self.parts.autocast(), sparsity.dense_forward():
+            out_BT: Tensor = sparsity.model.generate(
+                input_ids=ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                use_cache=True,
+                # Ranks that share the layers all take part until the last one has ended.
+                synced_gpus=not sparsity.whole,
+                **settings,
+            )
+        return out_BT
 
 
 @torch.no_grad()
 def own_text_loss(sparsity: Sparsity, text: list[list[int]], device: str) -> float:
-    """Mean loss on `write_own_text`'s result, nats a token."""
+    """Mean loss on the base model's own text, nats a token."""
     ids_BT = torch.tensor(text, device=device)
     lengths_B = torch.full((len(text),), ids_BT.shape[1], device=device)
     with sparsity.dense_forward():
         found = token_loss(sparsity.model, Batch(ids_BT, ids_BT, lengths_B))
     return float(found.total) / found.labels
-
-
-@torch.no_grad()
-def sample(
-    sparsity: Sparsity, tokenizer: Any, prompt: str, *, max_new_tokens: int, chat: bool
-) -> str:
-    """Greedy continuation of `prompt` (as a user's turn where the run is supervised on messages)."""
-    if chat:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ids = ids.to(next(sparsity.model.parameters()).device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = _generate(sparsity, ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _generate(sparsity: Sparsity, ids_BT: Tensor, **settings: Any) -> Tensor:
-    with sparsity.dense_forward():
-        out: Tensor = sparsity.model.generate(
-            input_ids=ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            use_cache=True,
-            # Ranks that share the layers all take part until the last one has ended.
-            synced_gpus=not sparsity.whole,
-            **settings,
-        )
-    return out

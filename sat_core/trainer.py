@@ -190,7 +190,7 @@ class Run:
         folder = self.folder / "checkpoints"
         saved = folder / checkpoint.name_of(self.counters.step)
         if self.parallel.first or self.parts.sharding:
-            state = {**asdict(self.counters), "measures": self.judge.measures.to_dict()}
+            state = {**asdict(self.counters), "measures": asdict(self.judge.measures)}
             checkpoint.save(folder, self.sparsity, self.parts.tokenizer, state)
         if self.parallel.first:
             self._tell_checkpoint(folder, saved)
