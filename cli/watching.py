@@ -1,7 +1,4 @@
-"""Following a job on a terminal: one live line, then what came of it. Without a terminal, a line now and then.
-
-The road not taken is a stream: a poll a second is enough for a bar, and works through every proxy.
-"""
+"""Following a job on a terminal: one live line, then what came of it. Without a terminal, a line now and then."""
 
 from __future__ import annotations
 
@@ -12,17 +9,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cli.client import TERMINAL, UNREACHABLE, Client, CliError
+from cli.client import Client
+from cli.tailing import looks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.console import Console
 
-POLL_S = 0.5
+# The clock beside the bar moves at least this often.
+LOOK_S = 1.0
 PLAIN_LINE_S = 10.0
-# A server that is started again is back within this.
-AWAY_S = 60.0
 
 
 def follow(
@@ -41,38 +38,23 @@ def follow(
         TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
     )
-    spoken = -PLAIN_LINE_S
+    job, spoken = dict[str, Any](), -PLAIN_LINE_S
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
         task = progress.add_task("", total=None, label=label, figures="")
-        while True:
+        for job in looks(client, job_id, wait_s=LOOK_S):
             tend()
-            job = _patiently(client, job_id)
             figures = describe(job)
             if job["progress"] and job["progress"]["total_steps"]:
                 progress.update(
                     task, total=job["progress"]["total_steps"], completed=job["progress"]["step"]
                 )
             progress.update(task, figures=figures)
-            if job["status"] in TERMINAL:
-                return job
             if not console.is_terminal and time.monotonic() - spoken > PLAIN_LINE_S:
                 spoken = time.monotonic()
                 console.print(f"{label}: {figures}", markup=False, highlight=False)
-            time.sleep(POLL_S)
-
-
-def _patiently(client: Client, job_id: str) -> dict[str, Any]:
-    """The job, waiting for a server that is away: what trains goes on meanwhile."""
-    limit = time.monotonic() + AWAY_S
-    while True:
-        try:
-            return client.job(job_id)
-        except CliError as error:
-            if error.exit_code != UNREACHABLE or time.monotonic() > limit:
-                raise
-        time.sleep(1)
+    return job
 
 
 def describe(job: dict[str, Any]) -> str:
