@@ -99,6 +99,23 @@ class Queueing:
             starts=starts,
         )
 
+    def newcomer(self) -> tuple[float, float] | None:
+        """Between which seconds from now a job that came now would find a slot to train in, were its data ready."""
+        seen = self.snapshot()
+        before = 0
+        spans = []
+        for stage in Stage:
+            line = seen.lines[stage]
+            before += len(line.waiting)
+            spans.append(_free_in(line, seen.slots[stage], before))
+            # What is being prepared will wait to train before it.
+            before += len(line.left)
+        known = [span for span in spans if span is not None]
+        if len(known) < len(spans):
+            return None
+        low, high = (max(ends) for ends in zip(*known, strict=True))
+        return low, high + self._settings.sweep_seconds
+
     def _alive(self, workers: Sequence[WorkerRecord]) -> list[WorkerRecord]:
         now, limit = time.monotonic(), self._settings.lease_seconds
         seen: dict[str, tuple[int, float]] = {}
@@ -137,14 +154,19 @@ def _why(
 def _starts(
     line: Line, slots: int, index: int, waiter: Waiter, sweep_seconds: float
 ) -> tuple[float, float] | None:
+    span = _free_in(line, slots, index)
+    if span is None:
+        return None
+    low, high = (max(time.time() + end, waiter.not_before) for end in span)
+    return low, high + sweep_seconds
+
+
+def _free_in(line: Line, slots: int, index: int) -> tuple[float, float] | None:
+    """Between which seconds from now a slot is free for the job at `index`."""
     quick, slow = _past(line)
     low = _replay(line, slots, index, quick, ETA_LOW)
     high = _replay(line, slots, index, slow, ETA_HIGH)
-    if low is None or high is None:
-        return None
-    now = time.time()
-    first = max(now + low, waiter.not_before)
-    return first, max(now + high, waiter.not_before) + sweep_seconds
+    return None if low is None or high is None else (low, high)
 
 
 def _past(line: Line) -> tuple[float | None, float | None]:

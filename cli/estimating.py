@@ -26,7 +26,13 @@ def described(estimate: dict[str, Any]) -> Table:
     said = f"{expected:.2f}x expected" if expected else "not measured yet"
     table.add_row("speed-up", f"{said}, bound {speedup['flop_bound']:.2f}x")
     table.add_row("time", _time(estimate["time"]))
+    if queue := estimate["time"]["queue_seconds"]:
+        table.add_row(
+            "wait", f"{queue['low']:,.0f} to {queue['high']:,.0f} s for a slot to train in"
+        )
     table.add_row("memory", _memory(estimate["memory"]))
+    if joules := estimate["energy"]["joules"]:
+        table.add_row("energy", f"{joules / 3.6e6:.2f} kWh")
     for warning in estimate["warnings"]:
         table.add_row("warning", escape(warning))
     return table

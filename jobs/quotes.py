@@ -12,18 +12,24 @@ from jobs.states import Stage, Status
 from jobs.transactions import Transactions
 
 MAX_PAST_RUNS = 200
+# One claim to prepare and one to train.
+UNINTERRUPTED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class PastRun:
-    """One run that succeeded. `memory_bytes` is the highest that it told of, None where it told of none."""
+    """One run that succeeded: its configuration, what was quoted of it, what it measured.
+
+    `memory_bytes` is the highest that it told of, `energy_joules` what its GPUs spent; None where neither was told.
+    """
 
     job_id: str
     config: dict[str, Any]
-    figures: dict[str, Any]
+    quote: dict[str, Any]
     summary: dict[str, Any]
     host: str
     memory_bytes: int | None
+    energy_joules: float | None
 
 
 class Quotes(Transactions):
@@ -35,9 +41,11 @@ class Quotes(Transactions):
             select(
                 JobRow.id,
                 JobRow.config,
-                JobRow.figures,
+                JobRow.quote,
                 JobRow.summary,
+                JobRow.attempt,
                 AttemptRow.worker_id,
+                AttemptRow.energy_joules,
                 MetricRow.memory_bytes,
             )
             .join(
@@ -63,13 +71,15 @@ class Quotes(Transactions):
             PastRun(
                 job_id=job_id,
                 config=config,
-                figures=figures,
+                quote=quote,
                 summary=summary,
                 host=host_of(worker),
                 memory_bytes=memory,
+                # A run that was interrupted has spent more than its last attempt did.
+                energy_joules=energy if attempt == UNINTERRUPTED else None,
             )
-            for job_id, config, figures, summary, worker, memory in rows
-            if config and figures and summary
+            for job_id, config, quote, summary, attempt, worker, energy, memory in rows
+            if config and quote and summary
         ]
 
 

@@ -24,6 +24,7 @@ class AttemptRecord:
     started_at: float
     ended_at: float | None
     outcome: str | None
+    energy_joules: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +38,13 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A job with what was measured and told of its run; `selections` are the choices where a stage of the ladder began."""
+    """A job with what was measured and told of its run; `selections` are the choices where a stage of the ladder began.
+
+    `quote` is what was said before its first step; None where its data were never prepared.
+    """
 
     job: JobRecord
+    quote: dict[str, Any] | None
     measured: Measured
     attempts: tuple[AttemptRecord, ...]
     selections: tuple[dict[str, Any], ...]
@@ -51,7 +56,7 @@ class Reports(Transactions):
     def get_run(self, project: str, job_id: str) -> RunRecord:
         """A job and its run. Raises NotFound."""
         with self.reading() as session:
-            job = job_record(find_job(session, project, job_id))
+            row = find_job(session, project, job_id)
             seconds, flops, memory = session.execute(
                 select(
                     func.sum(MetricRow.step_seconds),
@@ -68,7 +73,8 @@ class Reports(Transactions):
                 .order_by(EventRow.seq)
             )
             return RunRecord(
-                job=job,
+                job=job_record(row),
+                quote=row.quote,
                 measured=Measured(seconds=seconds, flops=flops, memory_bytes=memory),
                 attempts=tuple(record_of(AttemptRecord, row) for row in attempts),
                 selections=tuple(data for data in told if data),

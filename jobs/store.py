@@ -98,15 +98,8 @@ class Store(
     def claim(self, worker_id: str, stage: Stage) -> Claim | None:
         """Take the waiting job whose project holds least, the oldest of those; None where there is none."""
         now = time.time()
-        waiting = (
-            JobRow.status == WAITING[stage],
-            JobRow.owner.is_(None),
-            JobRow.desired == Desired.RUN,
-        )
         with self.writing() as session:
-            query = in_turn(select(JobRow).where(*waiting, JobRow.not_before <= now), stage).limit(
-                1
-            )
+            query = in_turn(select(JobRow).where(*_claimable(stage)), stage).limit(1)
             row = session.scalar(query.with_for_update(of=JobRow, skip_locked=True))
             # The limit was read before the row was locked: two workers may have read the same.
             if row is None or not may_start(session, row.project, stage):
@@ -172,12 +165,19 @@ class Store(
             attempt.read_seq = events[-1]["seq"] if events else attempt.read_seq
             return Desired(row.desired)
 
+    def spent(self, claim: Claim, joules: float) -> None:
+        """What the GPUs of a run that has ended spent on it. Raises LeaseLost."""
+        with self.writing() as session:
+            self._fenced(session, claim)
+            session.get_one(AttemptRow, (claim.job_id, claim.attempt)).energy_joules = joules
+
     def finish_prepare(self, claim: Claim, prepared: dict[str, Any]) -> None:
         """Freeze the resolved configuration on the job, which then waits for a GPU slot. Raises LeaseLost."""
         with self.writing() as session:
             row = self._fenced(session, claim)
             row.config, row.hyperparameters = prepared["config"], prepared["hyperparameters"]
             row.figures, row.total_steps = prepared["figures"], prepared["total_steps"]
+            row.quote = prepared.get("quote")
             row.warnings = list(prepared["warnings"])
             for warning in row.warnings:
                 add_event(session, row.id, warning, kind="message", level="warn")
@@ -301,13 +301,14 @@ class Store(
     def waiting(self, stage: Stage) -> int:
         """Jobs of a stage that could be claimed now."""
         with self.reading() as session:
-            query = select(func.count()).where(
-                JobRow.status == WAITING[stage],
-                JobRow.owner.is_(None),
-                JobRow.desired == Desired.RUN,
-                JobRow.not_before <= time.time(),
-            )
+            query = select(func.count()).select_from(JobRow).where(*_claimable(stage))
             return session.scalar(query) or 0
+
+    def slot_wanted(self, stage: Stage) -> bool:
+        """Whether a job waits for nothing but a slot; one beyond the limit of its project does not."""
+        with self.reading() as session:
+            query = in_turn(select(JobRow).where(*_claimable(stage)), stage).limit(1)
+            return session.scalar(query) is not None
 
     def _fenced(self, session: Session, claim: Claim) -> JobRow:
         """The claimed row, locked, its lease renewed. Raises LeaseLost."""
@@ -328,3 +329,13 @@ class Store(
     def _end_attempt(self, session: Session, claim: Claim, outcome: str) -> None:
         attempt = session.get_one(AttemptRow, (claim.job_id, claim.attempt))
         attempt.ended_at, attempt.outcome = time.time(), outcome
+
+
+def _claimable(stage: Stage) -> tuple[ColumnElement[bool], ...]:
+    """What is true of a job that waits for a claim and may have one now, its project's limit left aside."""
+    return (
+        JobRow.status == WAITING[stage],
+        JobRow.owner.is_(None),
+        JobRow.desired == Desired.RUN,
+        JobRow.not_before <= time.time(),
+    )

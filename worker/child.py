@@ -63,6 +63,8 @@ class Child:
                 cwd=folder,
                 env={
                     **os.environ,
+                    # Numbered as NVML numbers them, whose meter is read for the same slot.
+                    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
                     "CUDA_VISIBLE_DEVICES": devices,
                     "TOKENIZERS_PARALLELISM": "false",
                     # Waiting threads sleep. By default they spin, and at nice 10 on a busy machine they then spend

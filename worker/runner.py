@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs import quoting
 from jobs.artifacts import Artifacts
 from jobs.csv_table import csv_table
 from jobs.errors import LeaseLost, NotFound, StoreUnavailable
@@ -26,7 +27,9 @@ from jobs.spec import Claim, NewFile, new_id
 from jobs.states import Desired, Stage
 from jobs.store import Store
 from worker.child import CORE, Child
+from worker.energy import Meter
 from worker.inputs import PREPARE_FORMAT, Inputs
+from worker.slots import hardware
 from worker.tail import Tail
 
 log = logging.getLogger(__name__)
@@ -61,13 +64,14 @@ class Runner:
         try:
             self.folder.mkdir(parents=True)
             (self.folder / "config.json").write_text(json.dumps(self._config(), indent=1), "utf-8")
+            meter = Meter(self.devices)
             child = Child(self.claim.stage, self.folder, devices=self.devices, program=self.program)
             try:
                 self._attend(child)
             finally:
                 child.kill()
                 child.close()
-            self._conclude(child)
+            self._conclude(child, meter.joules())
         except LeaseLost as error:
             log.warning("Standing down: %s", error)
         except NotFound as error:
@@ -89,6 +93,7 @@ class Runner:
             **{name: inputs.file(id) if id else None for name, id in files.items()},
             "mix_files": [{**inputs.file(m["file"]), "weight": m["weight"]} for m in mix],
             "corpora_dir": str(self.artifacts.corpora),
+            "hardware": hardware(),
         }
 
     def _attend(self, child: Child) -> None:
@@ -143,11 +148,13 @@ class Runner:
         elif time.monotonic() - self._asked_at > self.settings.grace_seconds:
             child.kill()
 
-    def _conclude(self, child: Child) -> None:
+    def _conclude(self, child: Child, joules: float | None) -> None:
         """Write down how it ended; the last word waits for a database that is away."""
         code = child.process.returncode
         while True:
             try:
+                if joules is not None:
+                    self.store.spent(self.claim, joules)
                 self._write_end(child, code)
                 return
             except StoreUnavailable as error:
@@ -156,8 +163,7 @@ class Runner:
 
     def _write_end(self, child: Child, code: int) -> None:
         if code == DONE and self.claim.stage is Stage.PREPARE:
-            prepared = json.loads((self.folder / "train.json").read_text("utf-8"))
-            self.store.finish_prepare(self.claim, prepared)
+            self.store.finish_prepare(self.claim, self._prepared())
         elif code == DONE and self.result:
             self._publish(self.result)
         elif code == FAILED and self.failure:
@@ -180,6 +186,13 @@ class Runner:
                 max_failures=self.settings.max_failures,
                 retry_seconds=self.settings.retry_seconds,
             )
+
+    def _prepared(self) -> dict[str, Any]:
+        """What `prepare` left; its quote holds also what past runs say of it now."""
+        prepared: dict[str, Any] = json.loads((self.folder / "train.json").read_text("utf-8"))
+        said = quoting.said(prepared, self.store.past_runs(self.claim.job.project))
+        prepared["quote"] |= {"hardware": prepared["hardware"], "said": said}
+        return prepared
 
     def _publish(self, result: dict[str, Any]) -> None:
         """Move the model out of the run folder, then say so under the fence: readers follow the row."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from api import datasets, quoting
+from api import datasets
 from api.auth import Caller, require_key
 from api.deps import App, Services
 from api.errors import ApiError
@@ -17,6 +17,7 @@ from api.schemas.create import BODY_CODES, CreateJob, check, json_object, openap
 from api.schemas.estimates import (
     Estimate,
     EstimatedData,
+    EstimatedEnergy,
     EstimatedMemory,
     EstimatedTime,
     EstimateError,
@@ -24,9 +25,11 @@ from api.schemas.estimates import (
     PastError,
     PhaseSpeedup,
     Range,
+    Span,
     Speedup,
 )
 from api.schemas.problems import answers
+from jobs import quoting
 from jobs.errors import NotFound
 from jobs.spec import ChoreRecord
 
@@ -128,8 +131,9 @@ def _quoted(app: Services, project: str, result: dict[str, Any]) -> dict[str, An
         "data": _data(result),
         "flops": Flops.model_validate(quote["flops"]),
         "speedup": _speedup(quote, time.rates),
-        "time": _time(time),
+        "time": _time(time, app.queueing.newcomer()),
         "memory": memory,
+        "energy": EstimatedEnergy(joules=quoting.joules(result, past, time)),
         "warnings": warnings,
     }
 
@@ -166,14 +170,15 @@ def _speedup(quote: dict[str, Any], rates: quoting.Rates | None) -> Speedup:
     )
 
 
-def _time(time: quoting.Timed) -> EstimatedTime:
+def _time(time: quoting.Timed, queue: tuple[float, float] | None) -> EstimatedTime:
     error = None
     if time.errors:
         mean = sum(map(abs, time.errors)) / len(time.errors)
         error = PastError(quotes=len(time.errors), mean_absolute=mean, last=time.errors[0])
     return EstimatedTime(
         basis="calibrated" if time.calibrated else "analytic",
-        seconds=_range(time.seconds) if time.seconds else None,
+        seconds=Range.of(time.seconds) if time.seconds else None,
+        queue_seconds=Span(low=queue[0], high=queue[1]) if queue else None,
         runs=time.runs,
         past_error=error,
     )
@@ -187,13 +192,8 @@ def _memory(result: dict[str, Any], measured: bool, span: quoting.Span) -> Estim
     parts = {k: v for k, v in result["quote"]["memory_bytes"].items() if k != "peak"}
     return EstimatedMemory(
         basis="calibrated" if measured else "analytic",
-        peak=_range(span),
+        peak=Range.of(span),
         available=available,
         fits=fits,
         **parts,
     )
-
-
-def _range(span: quoting.Span) -> Range:
-    low, expected, high = span
-    return Range(low=low, expected=expected, high=high)

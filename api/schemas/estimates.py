@@ -1,6 +1,7 @@
 """An estimate on the wire."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
@@ -13,6 +14,12 @@ class Range(BaseModel):
     low: float
     expected: float
     high: float
+
+    @classmethod
+    def of(cls, span: Sequence[float]) -> Self:
+        """From (low, expected, high)."""
+        low, expected, high = span
+        return cls(low=low, expected=expected, high=high)
 
 
 class EstimatedData(BaseModel):
@@ -40,11 +47,22 @@ class PastError(BaseModel):
     last: float
 
 
+class Span(BaseModel):
+    """Between these two."""
+
+    low: float
+    high: float
+
+
 class EstimatedTime(BaseModel):
-    """Seconds of training steps; evaluations, loading and saving come on top. Null seconds: nothing is known here."""
+    """Seconds of training steps; evaluations, loading and saving come on top. Null seconds: nothing is known here.
+
+    `queue_seconds`: how long a job that came now would wait for a slot to train in; null where that is not known.
+    """
 
     basis: Basis
     seconds: Range | None
+    queue_seconds: Span | None
     runs: int
     past_error: PastError | None
 
@@ -94,6 +112,12 @@ class EstimatedMemory(BaseModel):
     fits: bool | None
 
 
+class EstimatedEnergy(BaseModel):
+    """Joules of the GPUs, at the power that they drew in runs of the same shape; null where no meter told of any."""
+
+    joules: float | None
+
+
 class EstimateError(BaseModel):
     """Why there is no estimate; a job with this body would fail alike."""
 
@@ -119,4 +143,5 @@ class Estimate(BaseModel):
     speedup: Speedup | None = None
     time: EstimatedTime | None = None
     memory: EstimatedMemory | None = None
+    energy: EstimatedEnergy | None = None
     warnings: list[str] = []

@@ -1,23 +1,30 @@
 """The report on a run that has ended: what it cost, what sparsity saved, and what became of the model.
 
 Every figure is one that the run measured, or null where it did not; nothing is computed from a guess but
-`dense_seconds_estimate`, whose name says so.
+`dense_seconds_estimate`, whose name says so. What was `quoted` was kept with the job before its first step; it is null
+where the job never came so far, and the time also where nothing had run on that host yet.
 """
 
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
+from api.schemas.estimates import Range
 from api.schemas.jobs import JobFailure
 from jobs.reports import AttemptRecord, RunRecord
+from jobs.states import Stage
 
 
 class TimeReport(BaseModel):
-    """Seconds. `training_seconds` are those of the steps; `dense_seconds_estimate` is a dense step times the steps."""
+    """Seconds. `training_seconds` are those of the steps; `dense_seconds_estimate` is a dense step times the steps.
 
-    quoted_seconds: float | None
+    `queue_seconds` went by before the first training attempt while nobody worked on the job, pauses included.
+    """
+
+    quoted_seconds: Range | None
     training_seconds: float | None
     wall_seconds: float | None
+    queue_seconds: float | None
     dense_seconds_estimate: float | None
     speed_up: float | None
 
@@ -25,7 +32,7 @@ class TimeReport(BaseModel):
 class FlopsReport(BaseModel):
     """Floating-point operations; `probe` are those spent on choosing units, and part of `spent`."""
 
-    quoted: float | None
+    quoted: int | None
     spent: float | None
     dense: float | None
     probe: float | None
@@ -36,8 +43,15 @@ class FlopsReport(BaseModel):
 class MemoryReport(BaseModel):
     """The most memory that a step was seen to use."""
 
-    quoted_bytes: int | None
+    quoted_bytes: Range | None
     peak_bytes: int | None
+
+
+class EnergyReport(BaseModel):
+    """Joules that the run's GPUs spent, by their own meters; null where there is none, as on a CPU."""
+
+    quoted_joules: float | None
+    joules: float | None
 
 
 class Sparsity(BaseModel):
@@ -112,6 +126,7 @@ class JobReport(BaseModel):
     time: TimeReport
     flops: FlopsReport
     memory: MemoryReport
+    energy: EnergyReport
     sparsity: Sparsity
     held_out_loss: Change
     held_out_token_accuracy: Change
@@ -138,7 +153,10 @@ class JobReport(BaseModel):
             trained_tokens=summary.get("trained_tokens", job.trained_tokens),
             time=_time(run, summary),
             flops=_flops(run, summary),
-            memory=MemoryReport(quoted_bytes=None, peak_bytes=run.measured.memory_bytes),
+            memory=MemoryReport(
+                quoted_bytes=_said(run, "peak_bytes"), peak_bytes=run.measured.memory_bytes
+            ),
+            energy=_energy(run),
             sparsity=Sparsity(**{name: summary.get(name) for name in Sparsity.model_fields}),
             held_out_loss=_change(summary, "eval_loss"),
             held_out_token_accuracy=_change(summary, "eval_token_accuracy"),
@@ -161,18 +179,43 @@ def _time(run: RunRecord, summary: dict[str, Any]) -> TimeReport:
     dense = summary.get("dense_seconds_estimate")
     both = job.started_at is not None and job.finished_at is not None
     return TimeReport(
-        quoted_seconds=None,
+        quoted_seconds=_said(run, "seconds"),
         training_seconds=spent,
         wall_seconds=(job.finished_at or 0.0) - (job.started_at or 0.0) if both else None,
+        queue_seconds=_queue_seconds(run),
         dense_seconds_estimate=dense,
         speed_up=dense / spent if dense and spent else None,
+    )
+
+
+def _said(run: RunRecord, name: str) -> Range | None:
+    span = run.quote["said"][name] if run.quote else None
+    return Range.of(span) if span else None
+
+
+def _queue_seconds(run: RunRecord) -> float | None:
+    """From when it was accepted to its first step, less what the attempts to prepare it took."""
+    began = next((a.started_at for a in run.attempts if a.stage == Stage.TRAIN), None)
+    if began is None:
+        return None
+    preparing = (a.ended_at - a.started_at for a in run.attempts if a.stage == Stage.PREPARE and a.ended_at)  # fmt: skip
+    return max(0.0, began - run.job.created_at - sum(preparing))
+
+
+def _energy(run: RunRecord) -> EnergyReport:
+    spent = [a.energy_joules for a in run.attempts if a.stage == Stage.TRAIN]
+    known = [joules for joules in spent if joules is not None]
+    return EnergyReport(
+        quoted_joules=run.quote["said"]["joules"] if run.quote else None,
+        # One attempt that ended without a word of its meter, and the sum is not known.
+        joules=sum(known) if known and len(known) == len(spent) else None,
     )
 
 
 def _flops(run: RunRecord, summary: dict[str, Any]) -> FlopsReport:
     spent, dense = summary.get("flops", run.measured.flops), summary.get("dense_flops")
     return FlopsReport(
-        quoted=None,
+        quoted=run.quote["flops"]["sat"] if run.quote else None,
         spent=spent,
         dense=dense,
         probe=summary.get("probe_flops"),

@@ -66,7 +66,9 @@ def test_a_job_counts_what_was_quoted_and_calibrates_the_next(
     body = body_for(client, quick)
     quoted = estimate(client, body)
     assert quoted["status"] == "ready", quoted["error"]
-    assert quoted["time"] == {"basis": "analytic", "seconds": None, "runs": 0, "past_error": None}
+    assert (quoted["time"]["basis"], quoted["time"]["seconds"]) == ("analytic", None)
+    assert quoted["time"]["past_error"] is None
+    assert quoted["energy"] == {"joules": None}
     assert quoted["memory"]["basis"] == "analytic"
     assert quoted["memory"]["fits"] is True
     assert quoted["speedup"]["expected"] is None
@@ -80,6 +82,12 @@ def test_a_job_counts_what_was_quoted_and_calibrates_the_next(
     assert quoted["flops"]["sat"] == pytest.approx(summary["flops"], rel=0.02)
     assert quoted["data"]["steps"] == summary["steps"] == 40
 
+    report = client.get(f"{JOBS}/{ended['id']}/report").json()
+    assert report["flops"]["quoted"] == quoted["flops"]["sat"]
+    assert report["memory"]["quoted_bytes"] == quoted["memory"]["peak"]
+    assert report["time"]["quoted_seconds"] is None, "nothing had run here"
+    assert report["energy"] == {"quoted_joules": None, "joules": None}
+
     second = estimate(client, body | {"seed": 4})
     assert second["id"] != quoted["id"]
     assert (second["time"]["basis"], second["time"]["runs"]) == ("calibrated", 1)
@@ -90,7 +98,9 @@ def test_a_job_counts_what_was_quoted_and_calibrates_the_next(
     assert second["speedup"]["expected"] is not None
     assert second["memory"]["basis"] == "calibrated"
 
-    run(client, body | {"seed": 4})
+    other = run(client, body | {"seed": 4})
+    report = client.get(f"{JOBS}/{other['id']}/report").json()
+    assert report["time"]["quoted_seconds"] == pytest.approx(seconds)
     third = client.get(f"{ESTIMATES}/{second['id']}").json()
     assert third["time"]["runs"] == 2
     assert third["time"]["past_error"]["quotes"] == 1

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from api.deps import Services
 
 WORKER = "w-test"
+SAID = {
+    "calibrated": True,
+    "seconds": [600.0, 700.0, 800.0],
+    "joules": None,
+    "peak_bytes": [9e8, 1e9, 1.1e9],
+    "peak_measured": True,
+}
+QUOTE = {"flops": {"sat": 2 * 10**14}, "phases": [], "width": 128, "said": SAID}
 
 
 def new_job(services: Services, suffix: str | None = None, project: str = "default") -> str:
@@ -84,6 +92,7 @@ def claim_job(services: Services, total: int) -> Claim:
             "total_steps": total,
             "figures": {"rows": 1204},
             "warnings": [],
+            "quote": QUOTE,
         },
     )
     claim = store.claim(WORKER, Stage.TRAIN)

@@ -39,17 +39,22 @@ def test_the_report_of_a_run_says_what_it_cost_and_saved(client, services):
     assert (unfinished.status_code, unfinished.json()["error"]["code"]) == (409, "not_finished")
     told = [selection(11, 0.05), selection(12, None)]
     services.store.record(claim, told, run="runs/x/2", read_position=2)
+    services.store.spent(claim, 5000.0)
     name = finish_job(services, steps=40, claim=claim, first=11)
 
     report = client.get(f"{JOBS}/{job}/report").json()
     assert (report["status"], report["fine_tuned_model"]) == ("succeeded", name)
     assert report["steps"] == 40
-    assert report["time"]["quoted_seconds"] is None
+    assert report["time"]["quoted_seconds"] == {"low": 600, "expected": 700, "high": 800}
+    assert 0 <= report["time"]["queue_seconds"] < 60
     assert report["time"]["training_seconds"] == 745.0
     assert report["time"]["speed_up"] == pytest.approx(1003.0 / 745.0)
     assert report["flops"]["saved"] == pytest.approx(0.8e14)
     assert report["flops"]["share_of_dense"] == pytest.approx(1.9 / 2.7)
+    assert report["flops"]["quoted"] == 2e14
     assert report["memory"]["peak_bytes"] == 1 << 30
+    assert report["memory"]["quoted_bytes"]["expected"] == 1e9
+    assert report["energy"] == {"quoted_joules": None, "joules": 5000.0}
     assert report["held_out_loss"] == {"before": 4.75, "after": 2.23}
     assert report["forgetting_loss"] == {"before": None, "after": None}
     (gap,) = report["dense_gaps"]
@@ -71,6 +76,15 @@ def test_a_run_that_failed_has_a_report_of_what_was_measured(client, services):
     assert report["flops"]["spent"] == 3e12
     assert report["flops"]["saved"] is None
     assert report["coverage"] == []
+    assert report["energy"]["joules"] is None, "no meter told of it"
+
+
+def test_a_job_that_never_came_so_far_was_quoted_nothing(client, services):
+    job = new_job(services)
+    services.store.cancel_job("default", job)
+    report = client.get(f"{JOBS}/{job}/report").json()
+    assert report["time"]["quoted_seconds"] is report["flops"]["quoted"] is None
+    assert report["time"]["queue_seconds"] is None
 
 
 def test_the_report_of_no_job_is_404(client):

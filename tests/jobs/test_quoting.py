@@ -7,31 +7,31 @@ from typing import Any
 
 import pytest
 
-from api.quoting import Rates, peak, phase_speedups, timed, whole_speedup
 from jobs.quotes import PastRun, host_of
+from jobs.quoting import Rates, peak, phase_speedups, said, timed, whole_speedup
 
 PHASES = [
     {"flops": 100, "dense_flops": 100, "omission_rate_mlp": 0.0, "omission_rate_attention": 0.0},
     {"flops": 60, "dense_flops": 100, "omission_rate_mlp": 0.5, "omission_rate_attention": 0.0},
 ]
 CONFIG = {"shape": {"hidden": 8}, "batch_size": 4}
-FIGURES = {"longest": 33}
-# A configuration of another release cannot be read, so its FLOPs count alike: the rate is seconds over FLOPs.
+FLOPS = {"sat": 160, "dense": 200, "probe": 0, "ratio": 0.8}
+QUOTE = {"phases": PHASES, "flops": FLOPS, "memory_bytes": {"peak": 500}, "width": 40}
+UNSAID = {"calibrated": False, "seconds": None}
+# Dense and sparse steps took as long for a FLOP.
 RUN = PastRun(
     job_id="ftjob-1",
     config=CONFIG,
-    figures=FIGURES,
+    quote=QUOTE | {"said": UNSAID},
     summary={"training_seconds": 16.0, "flops": 160, "dense_flops": 200, "steps": 10},
     host="here",
     memory_bytes=1000,
+    energy_joules=None,
 )
 
 
 def result(**more: Any) -> dict[str, Any]:
-    flops = {"sat": 160, "dense": 200, "probe": 0, "ratio": 0.8}
-    quote = {"phases": PHASES, "flops": flops, "memory_bytes": {"peak": 500}}
-    prepared = {"config": CONFIG, "figures": FIGURES, "quote": quote, "hardware": {"host": "here"}}
-    return prepared | more
+    return {"config": CONFIG, "quote": QUOTE, "hardware": {"host": "here"}} | more
 
 
 def took(seconds: float) -> PastRun:
@@ -50,9 +50,10 @@ def test_the_same_run_takes_as_long_as_it_took():
     assert found.errors == ()
 
 
-def test_past_quotes_are_judged_by_the_runs_before_them():
-    found = timed(result(), [took(20), took(16), took(16)])
-    assert found.errors == pytest.approx((16 / 20 - 1, 0.0))
+def test_past_quotes_are_judged_by_what_was_said_then():
+    calibrated = QUOTE | {"said": {"calibrated": True, "seconds": [15, 16, 17]}}
+    found = timed(result(), [replace(took(20), quote=calibrated), took(16), took(16)])
+    assert found.errors == pytest.approx((16 / 20 - 1,))
     low, expected, high = found.seconds or (0, 0, 0)
     assert (low, expected, high) == pytest.approx((16 / 1.15, 16, 20 * 1.15))
 
@@ -62,8 +63,7 @@ def test_another_shape_gives_a_wide_range():
     found = timed(result(), [other])
     assert not found.calibrated
     assert found.seconds == pytest.approx((16 / 3, 16, 48))
-    assert not timed(result(figures={"longest": 41}), [RUN]).calibrated
-    assert timed(result(figures={"longest": 40}), [RUN]).calibrated, "padded to the same width"
+    assert not timed(result(quote=QUOTE | {"width": 48}), [RUN]).calibrated
 
 
 def test_a_run_that_measured_nothing_is_left_out():
@@ -83,6 +83,14 @@ def test_a_measured_peak_replaces_the_counted_one():
     assert peak(result(), []) == (False, pytest.approx((350, 500, 750)))
     assert peak(result(), [RUN]) == (True, pytest.approx((950, 1000, 1050)))
     assert peak(result(), [replace(RUN, memory_bytes=None)])[0] is False
+
+
+def test_energy_is_said_only_where_a_meter_has_told_of_it():
+    assert said(result(), [RUN])["joules"] is None
+    measured = replace(RUN, energy_joules=3200.0)
+    longer = result(quote=QUOTE | {"phases": 2 * PHASES})
+    assert said(longer, [measured, RUN])["joules"] == pytest.approx(2 * 3200)
+    assert said(result(config=CONFIG | {"batch_size": 8}), [measured])["joules"] is None
 
 
 def test_the_host_of_a_worker_may_hold_dashes():

@@ -3,8 +3,10 @@
 A run is two rates: seconds per FLOP of its dense steps and of its sparse ones, which are slower, since what sleeps saves
 products but no traffic around them. Runs of the same shape, width, batch and host give both; runs of other shapes on the
 host give a wide range; without any there is no time at all, because a number from a data sheet would be taken for one.
-How good such quotes are is shown by quoting past runs from those before them.
+What was said before a run is kept with it, so how good such quotes are is shown by what they came to.
 """
+
+from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
@@ -12,9 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.quotes import PastRun
-from sat_core.plan.accounting import padded
-from sat_core.plan.config import TrainConfig
-from sat_core.plan.errors import PlanError
 
 SAME = (
     "shape",
@@ -53,12 +52,27 @@ class Timed:
     runs: int
 
 
-def timed(result: dict[str, Any], past: Sequence[PastRun]) -> Timed:
+def said(prepared: dict[str, Any], past: Sequence[PastRun]) -> dict[str, Any]:
+    """What is kept with a job of what it was expected to take, as plain data; spans are (low, expected, high).
+
+    `prepared` is what `prepare` left: its config, what it counted (`quote`) and the `hardware` of the host.
+    """
+    time = timed(prepared, past)
+    measured, peak_bytes = peak(prepared, past)
+    return {
+        "calibrated": time.calibrated,
+        "seconds": time.seconds,
+        "joules": joules(prepared, past, time),
+        "peak_bytes": peak_bytes,
+        "peak_measured": measured,
+    }
+
+
+def timed(prepared: dict[str, Any], past: Sequence[PastRun]) -> Timed:
     """How long the training steps of a prepared run will take, by `past` runs, newest first."""
-    here = [run for run in past if run.host == result["hardware"]["host"] and _measured(run)]
-    key = _key(result["config"], result["figures"])
-    same = [run for run in here if _key(run.config, run.figures) == key]
-    phases = result["quote"]["phases"]
+    here = [run for run in past if run.host == prepared["hardware"]["host"] and _measured(run)]
+    same = _same(prepared, here)
+    phases = prepared["quote"]["phases"]
     if same:
         found = [_rates(run) for run in same]
         rates = _typical(found)
@@ -70,7 +84,7 @@ def timed(result: dict[str, Any], past: Sequence[PastRun]) -> Timed:
         )
     if not here:
         return Timed(calibrated=False, seconds=None, rates=None, errors=(), runs=0)
-    flops = result["quote"]["flops"]["sat"]
+    flops = prepared["quote"]["flops"]["sat"]
     overall = sorted(flops * _overall(run) for run in here)
     span = (
         overall[0] / OTHER_SHAPES,
@@ -80,20 +94,29 @@ def timed(result: dict[str, Any], past: Sequence[PastRun]) -> Timed:
     return Timed(calibrated=False, seconds=span, rates=None, errors=(), runs=len(here))
 
 
-def peak(result: dict[str, Any], past: Sequence[PastRun]) -> tuple[bool, Span]:
+def peak(prepared: dict[str, Any], past: Sequence[PastRun]) -> tuple[bool, Span]:
     """Whether the peak was measured, and its (low, expected, high) in bytes."""
-    key, host = _key(result["config"], result["figures"]), result["hardware"]["host"]
-    measured = [
-        run.memory_bytes
-        for run in past
-        if run.memory_bytes and run.host == host and _key(run.config, run.figures) == key
-    ]
+    here = [run for run in past if run.host == prepared["hardware"]["host"]]
+    measured = [run.memory_bytes for run in _same(prepared, here) if run.memory_bytes]
     if measured:
         low, high = MEMORY_MEASURED
         return True, (min(measured) * low, statistics.median(measured), max(measured) * high)
-    counted = result["quote"]["memory_bytes"]["peak"]
+    counted = prepared["quote"]["memory_bytes"]["peak"]
     low, high = MEMORY_ANALYTIC
     return False, (counted * low, counted, counted * high)
+
+
+def joules(prepared: dict[str, Any], past: Sequence[PastRun], time: Timed) -> float | None:
+    """What its GPUs will spend, at the power of the same runs before; None where no meter has told of any."""
+    if not time.calibrated or time.seconds is None:
+        return None
+    here = [run for run in past if run.host == prepared["hardware"]["host"] and _measured(run)]
+    watts = [
+        run.energy_joules / run.summary["training_seconds"]
+        for run in _same(prepared, here)
+        if run.energy_joules is not None
+    ]
+    return statistics.median(watts) * time.seconds[1] if watts else None
 
 
 def phase_speedups(phases: Sequence[dict[str, Any]], rates: Rates | None) -> list[float | None]:
@@ -116,8 +139,14 @@ def whole_speedup(phases: Sequence[dict[str, Any]], rates: Rates | None) -> floa
     return dense * rates.dense / _seconds(phases, rates)
 
 
-def _key(config: dict[str, Any], figures: dict[str, Any]) -> tuple[Any, ...]:
-    return (*(config.get(name) for name in SAME), padded(int(figures["longest"])))
+def _same(prepared: dict[str, Any], runs: Sequence[PastRun]) -> list[PastRun]:
+    """Those whose steps cost what a step of this one will, but for who is awake."""
+    key = _key(prepared["config"], prepared["quote"])
+    return [run for run in runs if _key(run.config, run.quote) == key]
+
+
+def _key(config: dict[str, Any], quote: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(config.get(name) for name in SAME), quote["width"])
 
 
 def _measured(run: PastRun) -> bool:
@@ -129,17 +158,10 @@ def _overall(run: PastRun) -> float:
 
 
 def _split(run: PastRun) -> tuple[float, float]:
-    """FLOPs of the run's dense and of its sparse steps, as planned."""
-    dense, flops = run.summary["dense_flops"], run.summary["flops"]
-    try:
-        sat = TrainConfig.from_dict(run.config).sat
-    except PlanError:
-        # Frozen by another release: all of it counts alike.
-        return float(flops), 0.0
-    if not sat.sparse:
-        return float(flops), 0.0
-    steps = sum(p.last_step - p.first_step + 1 for p in sat.ladder.phases() if p.share == 0)
-    of_dense = min(flops, dense * steps / sat.total_steps)
+    """FLOPs of the run's dense and of its sparse steps; a guard may have made fewer sparse than planned."""
+    flops = float(run.summary["flops"])
+    planned = sum(p["flops"] for p in run.quote["phases"] if not _sparse(p))
+    of_dense = min(flops, float(planned))
     return of_dense, flops - of_dense
 
 
@@ -174,12 +196,9 @@ def _seconds(phases: Sequence[dict[str, Any]], rates: Rates) -> float:
 
 
 def _errors(same: Sequence[PastRun]) -> tuple[float, ...]:
-    """Relative errors, newest first: each run against what those before it would have said of it."""
-    errors = []
-    for number, run in enumerate(same[:-1]):
-        rates = _typical([_rates(before) for before in same[number + 1 :]])
-        of_dense, of_sparse = _split(run)
-        sparse = rates.dense if rates.sparse is None else rates.sparse
-        said = of_dense * rates.dense + of_sparse * sparse
-        errors.append(said / run.summary["training_seconds"] - 1)
-    return tuple(errors)
+    """How far off what was said of each was, newest first, as a share of what it took."""
+    return tuple(
+        run.quote["said"]["seconds"][1] / run.summary["training_seconds"] - 1
+        for run in same
+        if run.quote["said"]["calibrated"]
+    )
