@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(PYTHON) scripts/install.py
 
-.PHONY: demo up test check format bench bench-full lock install
+.PHONY: demo up test test-clients check format bench bench-full lock install
 
 demo:            ## set up, start the service, train a model, show the result
 	@$(INSTALL) local
@@ -14,8 +14,12 @@ up:              ## set up and start the service: ARGS="--port 8080"
 	@$(BIN)/satune up $(ARGS)
 
 test:            ## set up and run all tests, two files at a time: ARGS="tests/jobs -k lease"
-	@$(INSTALL) dev
+	@$(INSTALL) dev clients
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-clients:    ## every version of OpenAI's client that is promised to work, one by one, against a real service
+	@$(INSTALL) dev clients
+	@$(BIN)/python -m pytest -v -rs tests/clients $(ARGS)
 
 check:           ## formatting, lint, types, import directions
 	@$(INSTALL) dev
@@ -38,7 +42,7 @@ bench-full:      ## all of it, for hours; resumable
 	$(BIN)/python benchmarks/bench.py --full $(ARGS)
 
 install:         ## set up for development and do nothing else
-	@$(INSTALL) dev
+	@$(INSTALL) dev clients
 
 # Needs uv. Hashes but no addresses, so that the locks hold wherever packages come from. The development lock comes
 # before the others and binds them, so that changing between `make demo` and `make test` changes no version. What only
@@ -54,3 +58,7 @@ lock:            ## resolve all dependencies anew
 	  $(COMPILE) -c requirements/constraints.txt -c requirements/dev.lock --no-emit-package torch \
 	    --extra $$extra pyproject.toml -o requirements/$$extra.lock || exit 1; \
 	done
+	for version in 1.109.1 2.54.0; do \
+	  echo openai==$$version | $(COMPILE) - -o requirements/clients/openai-$$version.lock || exit 1; \
+	done
+	cd tests/clients && npm install --package-lock-only --omit-lockfile-registry-resolved --save-exact openai@latest

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 
+import openai
 import pytest
 from sqlalchemy import Connection, Engine, event
 
 from jobs.errors import StoreUnavailable
 from worker.janitor import Janitor
 
-from .conftest import ROW, create, upload
+from .conftest import KEY, ROW, create, upload
+from .serving import served
 
 
 def left_behind(services) -> list[str]:
@@ -244,3 +246,13 @@ def test_a_report_that_nobody_works_on_is_pending(client, file_id):
 def test_a_question_that_has_no_answer_is_refused(client, file_id, path, status, code):
     response = client.get(f"/v1/files/{file_id}/{path}")
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+
+
+def test_a_refusal_long_before_all_has_arrived_is_read_by_the_official_client(app):
+    with (
+        served(app) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as sdk,
+        pytest.raises(openai.APIStatusError, match="limit of this service") as large,
+    ):
+        sdk.files.create(file=("data.jsonl", ROW * 100_000), purpose="fine-tune")
+    assert (large.value.status_code, large.value.code) == (413, "file_too_large")

@@ -1,22 +1,26 @@
-"""An answer that is lost on the wire, and the retry of the official client."""
+"""An answer that is lost on the wire, and what every client does then: it asks again, and there is one job."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import openai
+import pytest
 
-from .conftest import KEY, ROW
-from .serving import served
+from tests.api.conftest import KEY, ROW
+from tests.api.serving import served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastapi import FastAPI
+
+    from .conftest import Client
 
 
 def whole(sender: socket.socket) -> bytes:
@@ -67,20 +71,18 @@ def losing(address: str, path: bytes, times: int) -> Iterator[tuple[str, list[by
         thread.join(5)
 
 
-def test_a_lost_answer_makes_one_job_with_the_unmodified_client(app: FastAPI) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_lost_answer_makes_one_job(client: Client, app: FastAPI, times: int) -> None:
     with (
         served(app) as address,
-        losing(address, b"/v1/fine_tuning/jobs", 2) as (proxied, lost),
+        losing(address, b"/v1/fine_tuning/jobs", times) as (proxied, lost),
         openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as direct,
-        openai.OpenAI(base_url=proxied, api_key=KEY, max_retries=2) as client,
     ):
         file = direct.files.create(file=("d.jsonl", ROW), purpose="fine-tune")
         before = direct.fine_tuning.jobs.create(model="local/tiny", training_file=file.id)
-        answer = client.fine_tuning.jobs.with_raw_response.create(
-            model="local/tiny", training_file=file.id
-        )
-        job = answer.parse()
-        assert len(lost) == 2
-        assert all(job.id.encode() in text for text in lost)
-        assert answer.headers["idempotent-replayed"] == "inferred"
-        assert {j.id for j in direct.fine_tuning.jobs.list()} == {before.id, job.id}
+        said = client.run("one_job", proxied, KEY, model="local/tiny", file=file.id)
+        job = json.loads(said[0])
+        assert len(lost) == times
+        assert all(job["id"].encode() in text for text in lost)
+        assert job["headers"]["idempotent-replayed"] == "inferred"
+        assert {j.id for j in direct.fine_tuning.jobs.list()} == {before.id, job["id"]}

@@ -1,0 +1,45 @@
+"""Change base_url and api_key, nothing else: whole rounds with a real job, by every client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from tests.cli.running import Up
+
+    from .conftest import Client
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"{a} {b}"}, {"role": "assistant", "content": b * 3}]}
+    for a, b in zip("abcdefghijkl", "mnopqrstuvwx", strict=True)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_whole_journey(client: Client, service: Up):
+    connection = service.connection
+    paths = httpx.get(f"{connection['url']}/openapi.json").json()["paths"]
+    chat = "/v1/chat/completions" in paths
+    steps = client.run(
+        "journey",
+        f"{connection['url']}/v1",
+        connection["api_key"],
+        model="local/tiny",
+        rows=ROWS,
+        chat=chat,
+    )
+    assert steps == [
+        "upload",
+        "create, and what is refused",
+        "list, events",
+        "pause, checkpoints",
+        "result, models",
+        *(["chat"] if chat else []),
+        "resume",
+        "cancel",
+        "delete",
+    ]
