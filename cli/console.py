@@ -42,12 +42,12 @@ def emit_line(data: Any) -> None:
 
 
 @contextmanager
-def leaving(job_id: str, command: str) -> Iterator[None]:
-    """Ctrl-C ends the looking, never the job, and says so."""
+def leaving(command: str) -> Iterator[None]:
+    """Ctrl-C ends the looking, never what is looked at; says which command comes back to it."""
     try:
         yield
     except KeyboardInterrupt:
         err.print(
-            f"Left; the job goes on. `satune {command} {job_id}` comes back to it.", highlight=False
+            f"Left; it goes on without you. `satune {command}` comes back to it.", highlight=False
         )
         raise typer.Exit(INTERRUPTED) from None

@@ -28,11 +28,11 @@ def translated(
         name, told = "LLaMA-Factory", from_llama_factory(found, folder)
     else:
         return found, []
-    listed = "\n".join(f"  {key}: {advice}" for key, advice in told.untold.items())
     if told.untold and not lenient:
+        listed = "\n".join(f"  {key}: {advice}" for key, advice in told.untold.items())
         raise CliError(
-            f"This {name} file says what cannot be told here; leaving it out would train something else:\n{listed}\n"
-            "Change these keys, or leave all of them out with --lenient.",
+            f"This {name} file has settings that mean nothing here; without them something else would be trained:\n"
+            f"{listed}\nChange them, or leave them out with --lenient and say by --set what you want instead.",
             USAGE,
         )
     warnings = [f"{key}: {instead}" for key, instead in told.noted.items()]

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cli.client import Client
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # The clock beside the bar moves at least this often.
 LOOK_S = 1.0
 PLAIN_LINE_S = 10.0
+# Columns of a terminal from which on a name and a clock fit beside the figures.
+WIDE = 120
 
 
 def follow(
@@ -32,12 +34,11 @@ def follow(
 ) -> dict[str, Any]:
     """Show progress until the job ends; the job as it ended. `tend` is called at every look."""
     label = title or job_id
-    columns = (
-        TextColumn("[bold]{task.fields[label]}[/]"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[figures]}", markup=False),
-        TimeElapsedColumn(),
-    )
+    figures_column = TextColumn("{task.fields[figures]}", markup=False)
+    columns: tuple[ProgressColumn, ...] = (BarColumn(bar_width=8), figures_column)
+    if console.width >= WIDE:
+        name = TextColumn("[bold]{task.fields[label]}[/]")
+        columns = (name, BarColumn(bar_width=24), figures_column, TimeElapsedColumn())
     job, spoken = dict[str, Any](), -PLAIN_LINE_S
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal

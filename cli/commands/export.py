@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -37,7 +38,7 @@ def export(
         ),
     ],
     form: Annotated[
-        str, typer.Argument(metavar="[FORMAT]", help="safetensors, adapter or gguf.")
+        str, typer.Argument(metavar="FORMAT", help="safetensors, adapter or gguf.")
     ] = "safetensors",
     output: Annotated[
         Path | None,
@@ -49,18 +50,34 @@ def export(
 ) -> None:
     """Bring a job's model home, in a form of choice.
 
-    A download that was broken off goes on where it was. Every file is checked by its hash.
+    A download that was broken off goes on where it was; every file is checked by its hash.
     """
     client = Client(Connection.find(data_dir))
-    model = _model(client, source)
-    made = client.create_export({"model": model, "format": form, "dtype": dtype})
-    with err.status(f"{made['id']} is made"), leaving(made["id"], "export"):
+    body = {"model": _model(client, source), "format": form, "dtype": dtype}
+    with leaving(f"export {source} {form}"):
+        made = _made(client, body)
+        paths = _paths(made, output)
+        _fetch(client, made["id"], paths)
+    if as_json:
+        emit({**made, "files": [{**file, "path": str(path)} for file, path in paths]})
+    else:
+        for _, path in paths:
+            out.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def _made(client: Client, body: dict[str, str]) -> dict[str, Any]:
+    """The export, once it has been made."""
+    made = client.create_export(body)
+    with err.status(f"{made['id']} is made"):
         while made["status"] not in ("succeeded", "failed"):
             time.sleep(POLL_S)
             made = patiently(partial(client.export, made["id"]))
     if made["status"] == "failed":
         raise CliError(made["error"]["message"], FAILED)
-    paths = _paths(made, output)
+    return made
+
+
+def _fetch(client: Client, export_id: str, paths: list[tuple[dict[str, Any], Path]]) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -69,13 +86,8 @@ def export(
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         for file, path in paths:
-            task = progress.add_task(file["name"], total=file["bytes"])
-            fetch(client, made["id"], file, path, partial(_advance, progress, task))
-    if as_json:
-        emit({**made, "files": [{**file, "path": str(path)} for file, path in paths]})
-    else:
-        for _, path in paths:
-            out.print(str(path), markup=False, highlight=False, soft_wrap=True)
+            task = progress.add_task(escape(file["name"]), total=file["bytes"])
+            fetch(client, export_id, file, path, partial(_advance, progress, task))
 
 
 def _advance(progress: Progress, task: TaskID, done: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -54,10 +54,10 @@ def show(job_id: JobId, data_dir: DataDir = HERE, as_json: Json = False) -> None
     job = Client(Connection.find(data_dir)).job(job_id)
     if as_json:
         emit(job)
-    elif job["status"] in TERMINAL:
+        return
+    _say_status(job)
+    if job["status"] == "succeeded":
         report(job, out)
-    else:
-        out.print(f"{job['status']} {job['id']}: {escape(describe(job))}", highlight=False)
 
 
 @app.command()
@@ -72,7 +72,7 @@ def watch(job_id: JobId, data_dir: DataDir = HERE, as_json: Json = False) -> Non
 @app.command()
 def wait(
     job_ids: Annotated[
-        list[str], typer.Argument(metavar="JOB...", help="Ids of jobs.", autocompletion=known_jobs)
+        list[str], typer.Argument(metavar="JOB", help="Ids of jobs.", autocompletion=known_jobs)
     ],
     timeout: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which to give up, with status 124.")
@@ -88,7 +88,7 @@ def wait(
     until = None if timeout is None else time.monotonic() + timeout
     codes = []
     for job_id in job_ids:
-        with leaving(job_id, "wait"):
+        with leaving(f"wait {job_id}"):
             job = deque(looks(client, job_id, until=until), maxlen=1).pop()
         codes.append(TERMINAL[job["status"]])
         emit_line(job) if as_json else out.print(f"{job_id} {job['status']}", highlight=False)
@@ -107,7 +107,7 @@ def logs(
 ) -> None:
     """What was told of a job, oldest first."""
     client = Client(Connection.find(data_dir))
-    with leaving(job_id, "logs -f"):
+    with leaving(f"logs -f {job_id}"):
         for event in events(client, job_id, tail=tail, follow=follow):
             emit_line(event) if as_json else out.print(
                 event_line(event), highlight=False, soft_wrap=True
@@ -134,7 +134,7 @@ def show_metrics(
     chosen = [key.strip() for key in keys.split(",")] if keys else None
     columns = chosen or list(METRIC_KEYS)
     began = False
-    with leaving(job_id, "metrics -f"):
+    with leaving(f"metrics -f {job_id}"):
         for row in metrics(client, job_id, after=after, follow=follow):
             unknown = [key for key in columns if key not in row]
             if unknown:
@@ -174,7 +174,7 @@ def cancel(job_id: JobId, data_dir: DataDir = HERE, as_json: Json = False) -> No
 
 def watched(client: Client, job_id: str, *, as_json: bool) -> None:
     """Follow a job, print what came of it, and end with its exit code."""
-    with leaving(job_id, "watch"):
+    with leaving(f"watch {job_id}"):
         job = follow(client, job_id, err)
     emit(job) if as_json else report(job, out)
     raise typer.Exit(TERMINAL[job["status"]])
@@ -188,6 +188,9 @@ def _end(client: Client, job_id: str, follow: bool) -> None:
 
 def _ask(job_id: str, wish: str, data_dir: DataDir, *, as_json: bool) -> None:
     job = Client(Connection.find(data_dir)).ask(job_id, wish)
-    emit(job) if as_json else out.print(
-        f"{job['id']} {job['status']}: {escape(describe(job))}", highlight=False, soft_wrap=True
-    )
+    emit(job) if as_json else _say_status(job)
+
+
+def _say_status(job: dict[str, Any]) -> None:
+    line = f"{job['id']} {job['status']}: {describe(job)}"
+    out.print(line, markup=False, highlight=False, soft_wrap=True)

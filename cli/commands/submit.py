@@ -32,7 +32,7 @@ app = typer.Typer()
 JobFile = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[FILE]",
+        metavar="FILE",
         help="The create body as YAML, or a file of Axolotl or LLaMA-Factory; - reads standard input.",
     ),
 ]
@@ -70,8 +70,7 @@ def submit(
 ) -> None:
     """Upload data, create a job, follow it.
 
-    FILE is the create body as YAML, or a file of Axolotl or LLaMA-Factory. What lies on this machine - data, and a model
-    where the service runs here - is brought to the service first. Options win over the file.
+    FILE is the create body as YAML, or a file of Axolotl or LLaMA-Factory. Files and models it names are sent first. Options win over it.
     """
     body = _body(file, lenient, settings)
     _put_options(body, model=model, dataset=dataset, validation=validation, suffix=suffix)
@@ -81,8 +80,8 @@ def submit(
             yaml.safe_dump(body, sort_keys=False, allow_unicode=True), nl=False
         )
         return
-    client = Client(Connection.find(data_dir))
     _complete(body)
+    client = Client(Connection.find(data_dir))
     with uploaded(client, body, _beside(file)) as asked:
         job = client.create_job(asked)
     _started(client, job, watch_it=watch_it, as_json=as_json)
@@ -136,8 +135,8 @@ def estimate(
     body = _body(file, lenient, settings)
     _put_options(body, model=model, dataset=dataset, validation=validation)
     _put_rates(body, mlp, attention)
-    client = Client(Connection.find(data_dir))
     _complete(body)
+    client = Client(Connection.find(data_dir))
     with uploaded(client, body, _beside(file)) as asked:
         found = client.estimate(asked)
     if as_json:
