@@ -82,8 +82,7 @@ def _at(filename: str, line: int, error: RowError) -> DataError:
 
 
 def _items(path: Path, filename: str) -> Iterator[Item]:
-    stream = RowStream(filename)
-    for item in _pushed(path, stream):
+    for item in _pushed(path, RowStream(filename)):
         if item.error is not None:
             raise _at(filename, item.line, item.error) from item.error
         yield item
@@ -93,7 +92,7 @@ def _pushed(path: Path, stream: RowStream) -> Iterator[Item]:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             yield from stream.feed(chunk)
-    yield from stream.finish()
+    yield from stream.feed(b"", last=True)
 
 
 def parquet_rows(path: Path, filename: str) -> Iterator[tuple[int, dict[str, Any]]]:

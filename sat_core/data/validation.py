@@ -21,7 +21,7 @@ from sat_core.data.intake import PROGRESS_ROWS, Tally, copies, fit, mark_of, new
 from sat_core.data.packing import packing_for
 from sat_core.data.reading import CHUNK_BYTES, parquet_rows, read_rows
 from sat_core.plan.errors import DataError
-from sat_core.plan.formats import FileCheck, FileReport
+from sat_core.plan.formats import NO_LINE, FileCheck, FileReport
 from sat_core.plan.parsing import kind_of
 from sat_core.plan.rows import Conversation, RowError, Text
 from sat_core.plan.streams import Item
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from sat_core.data.sources import Source
 
 PERCENTILES = (50, 95)
-NO_LINE = Item(1, 0, b"")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,28 +14,21 @@ from typing import TYPE_CHECKING
 
 from sat_core.plan.parsing import RowStream, kind_of
 from sat_core.plan.rows import RowError, detect_format, parse_row
-from sat_core.plan.streams import BOM, MAX_ARRAY_BYTES, MAX_LINE_BYTES
+from sat_core.plan.streams import BOM, Item
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sat_core.plan.rows import Conversation, Text
-    from sat_core.plan.streams import Item
-
-__all__ = [
-    "MAX_ARRAY_BYTES",
-    "MAX_LINE_BYTES",
-    "MAX_PROBLEMS",
-    "FileCheck",
-    "FileReport",
-    "Problem",
-]
 
 MAX_PROBLEMS = 100
 PARQUET_UNREAD = "The rows of a Parquet file are checked by a worker, not while they arrive."
 PARQUET_MAGIC = b"PAR1"
 # Magic, four bytes of length and the magic again: what is left when a Parquet file holds nothing.
 _PARQUET_FRAME_BYTES = 12
+EMPTY_FILE = RowError("empty_file", "", "the file holds no rows")
+# Where a fault lies that is of the whole file.
+NO_LINE = Item(1, 0, b"")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +118,10 @@ class FileCheck:
         unread = self._stream is None and self._rows == 0
         if self._stream is None and self._problem_count == 0:
             self._judge_frame()
-        for item in self._stream.finish() if self._stream else ():
+        for item in self._stream.feed(b"", last=True) if self._stream else ():
             self.judge(item)
         if self._stream and self._rows == 0 and self._problem_count == 0:
-            self._problem(RowError("empty_file", "", "the file holds no rows"))
+            self._problem(EMPTY_FILE)
         return FileReport(
             format=self.format,
             rows=self._rows,
@@ -170,31 +163,33 @@ class FileCheck:
     def _judge_frame(self) -> None:
         length = int.from_bytes(self._end[:4], "little")
         if self._bytes == 0:
-            self._problem(RowError("empty_file", "", "the file holds no rows"))
-        elif self._packed_parquet:
+            self._problem(EMPTY_FILE)
+            return
+        if self._packed_parquet:
             message = "a Parquet file is compressed inside; send it without gzip"
-            self._problem(RowError("bad_parquet", "", message))
         elif (self._start, self._end[4:]) != (PARQUET_MAGIC, PARQUET_MAGIC):
             message = "not a Parquet file: it does not begin and end with PAR1"
-            self._problem(RowError("bad_parquet", "", message))
         elif not 0 < length <= self._bytes - _PARQUET_FRAME_BYTES:
             message = f"the Parquet footer claims {length} bytes, the file has {self._bytes}"
-            self._problem(RowError("bad_parquet", "", message))
+        else:
+            return
+        self._problem(RowError("bad_parquet", "", message))
 
-    def _problem(self, error: RowError, item: Item | None = None) -> None:
+    def _problem(self, error: RowError, item: Item = NO_LINE) -> None:
         self._problem_count += 1
         if len(self._problems) == MAX_PROBLEMS:
             return
-        raw = b"" if item is None else item.raw
-        if not raw and item is not None and item.row is not None:
+        raw = item.raw
+        if not raw and item.row is not None:
             raw = json.dumps(item.row).encode()
+        excerpt = raw[:120].decode("utf-8", "replace")
         self._problems.append(
             Problem(
-                line=1 if item is None else item.line,
-                byte_offset=0 if item is None else item.byte_offset,
+                line=item.line,
+                byte_offset=item.byte_offset,
                 pointer=error.pointer,
                 code=error.code,
                 message=error.message,
-                excerpt=raw[:120].decode("utf-8", "replace"),
+                excerpt=excerpt,
             )
         )

@@ -15,7 +15,7 @@ from sat_core.plan.rows import RowError, detect_format
 from sat_core.plan.streams import MAX_ARRAY_BYTES, MAX_LINE_BYTES, Gunzip, Item, Line, Lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _HEAD_BYTES = 512
 _FOREIGN = (
@@ -31,140 +31,81 @@ _FOREIGN = (
 )
 
 
-class _Parser(Protocol):
-    def feed(self, data: bytes) -> Iterator[Item]: ...
+_KINDS = {".txt": "text", ".md": "text", ".json": "array", ".csv": "csv", ".parquet": "parquet"}
 
-    def finish(self) -> Iterator[Item]: ...
+
+class _Parser(Protocol):
+    def feed(self, data: bytes, *, last: bool) -> Iterator[Item]: ...
 
 
 def kind_of(filename: str) -> tuple[str, bool]:
     """How a file of this name is read ("text", "array", "csv", "parquet" or "lines"), and whether it is gzipped."""
     name = filename.lower()
-    packed = name.endswith(".gz")
-    name = name.removesuffix(".gz")
-    for endings, kind in (
-        ((".txt", ".md"), "text"),
-        ((".json",), "array"),
-        ((".csv",), "csv"),
-        ((".parquet",), "parquet"),
-    ):
-        if name.endswith(endings):
-            return kind, packed
-    return "lines", packed
+    plain = name.removesuffix(".gz")
+    kinds = (kind for ending, kind in _KINDS.items() if plain.endswith(ending))
+    return next(kinds, "lines"), plain != name
 
 
 class RowStream:
-    """The rows of one file: `feed` its bytes in order, then `finish`. After an item that is `last` all is ignored."""
+    """The rows of one file: `feed` its bytes in order. After an item that is `last` all is ignored."""
 
     def __init__(self, filename: str) -> None:
         """`filename` is the owner's name for the file; any but Parquet."""
         self._kind, packed = kind_of(filename)
         self._gunzip = Gunzip() if packed else None
         self._head: bytes | None = b""
-        parsers: dict[str, type[_Parser]] = {
-            "text": TextLines,
+        parsers: dict[str, Callable[[], _Parser]] = {
+            "text": lambda: EachLine(_text_rows, cut=True),
             "array": JsonArray,
             "csv": CsvRows,
-            "lines": JsonLines,
+            "lines": lambda: EachLine(_json_rows),
         }
         self._parser = parsers[self._kind]()
         self._done = False
 
-    def feed(self, chunk: bytes) -> Iterator[Item]:
-        """Rows that these bytes complete."""
+    def feed(self, chunk: bytes, *, last: bool = False) -> Iterator[Item]:
+        """Rows that these bytes complete; the `last` bytes, if none, complete all."""
+        if self._done:
+            return
         try:
-            for piece in self._pieces(chunk):
-                yield from self._live(self._parse(piece))
+            for item in self._items(chunk, last=last):
+                yield item
+                if item.last:
+                    self._done = True
+                    return
         except RowError as error:
-            yield from self._live(iter((_broken(error),)))
+            self._done = True
+            yield Item(1, 0, b"", error=error, last=True)
 
-    def finish(self) -> Iterator[Item]:
-        """Rows that the end of the file completes."""
-        try:
-            if self._gunzip and not self._done:
-                self._gunzip.finish()
-            head, self._head = self._head, None
-            if head:
-                _refuse_foreign(head, self._kind)
-                yield from self._live(self._parser.feed(head))
-            yield from self._live(self._parser.finish())
-        except RowError as error:
-            yield from self._live(iter((_broken(error),)))
+    def _items(self, chunk: bytes, *, last: bool) -> Iterator[Item]:
+        for piece in self._gunzip.feed(chunk, last=last) if self._gunzip else (chunk,):
+            yield from self._parse(piece, last=False)
+        if last:
+            yield from self._parse(b"", last=True)
 
-    def _pieces(self, chunk: bytes) -> Iterator[bytes]:
-        for piece in self._gunzip.feed(chunk) if self._gunzip else (chunk,):
-            if self._done:
-                return
-            yield piece
-
-    def _parse(self, piece: bytes) -> Iterator[Item]:
+    def _parse(self, piece: bytes, *, last: bool) -> Iterator[Item]:
         if self._head is not None:
             self._head += piece
-            if len(self._head) < _HEAD_BYTES:
+            if len(self._head) < _HEAD_BYTES and not last:
                 return
             piece, self._head = self._head, None
             _refuse_foreign(piece, self._kind)
-        yield from self._parser.feed(piece)
-
-    def _live(self, items: Iterator[Item]) -> Iterator[Item]:
-        if self._done:
-            return
-        for item in items:
-            yield item
-            if item.last:
-                self._done = True
-                return
+        yield from self._parser.feed(piece, last=last)
 
 
-class TextLines:
-    """Lines of plain text, each with its end."""
+class EachLine:
+    """Rows of a file in which each line is one, or none; `read` says which."""
 
-    def __init__(self) -> None:
-        self._lines = Lines(cut=True)
+    def __init__(self, read: Callable[[Line], Iterator[Any]], *, cut: bool = False) -> None:
+        self._read, self._lines = read, Lines(cut=cut)
 
-    def feed(self, data: bytes) -> Iterator[Item]:
-        """Lines that these bytes complete."""
-        yield from map(self._item, self._lines.feed(data))
-
-    def finish(self) -> Iterator[Item]:
-        """The line without an end."""
-        yield from map(self._item, self._lines.finish())
-
-    @staticmethod
-    def _item(line: Line) -> Item:
-        try:
-            text = line.text()
-            if "\0" in text:
-                raise RowError("not_text", "", "holds a NUL byte; is it UTF-16, or no text at all?")
-            return line.item(text + "\n" * line.ended)
-        except RowError as error:
-            return line.item(error=error)
-
-
-class JsonLines:
-    """One JSON value a line; blank lines are nothing."""
-
-    def __init__(self) -> None:
-        self._lines = Lines()
-
-    def feed(self, data: bytes) -> Iterator[Item]:
+    def feed(self, data: bytes, *, last: bool) -> Iterator[Item]:
         """Rows that these bytes complete."""
-        for line in self._lines.feed(data):
-            yield from self._items(line)
-
-    def finish(self) -> Iterator[Item]:
-        """The row without a line end."""
-        for line in self._lines.finish():
-            yield from self._items(line)
-
-    @staticmethod
-    def _items(line: Line) -> Iterator[Item]:
-        try:
-            text = line.text()
-            if text.strip():
-                yield line.item(_json(text))
-        except RowError as error:
-            yield line.item(error=error)
+        for line in self._lines.feed(data, last=last):
+            try:
+                yield from map(line.item, self._read(line))
+            except RowError as error:
+                yield line.item(error=error)
 
 
 class JsonArray:
@@ -174,17 +115,18 @@ class JsonArray:
         self._held: list[bytes] = []
         self._size = 0
 
-    def feed(self, data: bytes) -> Iterator[Item]:
-        """Nothing but what is wrong with the size."""
+    def feed(self, data: bytes, *, last: bool) -> Iterator[Item]:
+        """All rows, after the last bytes."""
         self._size += len(data)
         self._held.append(data)
         if self._size > MAX_ARRAY_BYTES:
             self._held.clear()
             message = f"a .json array may have {MAX_ARRAY_BYTES} bytes; use JSON Lines"
-            yield _broken(RowError("too_long", "", message))
+            raise RowError("too_long", "", message)
+        if last:
+            yield from self._rows()
 
-    def finish(self) -> Iterator[Item]:
-        """All rows."""
+    def _rows(self) -> Iterator[Item]:
         whole = Line(1, 0, b"".join(self._held), ended=False)
         self._held.clear()
         text = whole.text()
@@ -194,9 +136,7 @@ class JsonArray:
             rows = json.loads(text)
         except (ValueError, RecursionError) as error:
             if getattr(error, "msg", "") == "Extra data":
-                lines = JsonLines()
-                yield from lines.feed(whole.raw)
-                yield from lines.finish()
+                yield from EachLine(_json_rows).feed(whole.raw, last=True)
                 return
             line, at = getattr(error, "lineno", 1), getattr(error, "pos", 0)
             fault = RowError("bad_json", "", f"not valid JSON: {_reason(error)}")
@@ -224,16 +164,11 @@ class CsvRows:
         self._header: list[str] = []
         self._delimiter = ","
 
-    def feed(self, data: bytes) -> Iterator[Item]:
-        """Rows that these bytes complete."""
-        for line in self._lines.feed(data):
+    def feed(self, data: bytes, *, last: bool) -> Iterator[Item]:
+        """Rows that these bytes complete, and in the end a quote that never closed."""
+        for line in self._lines.feed(data, last=last):
             yield from self._take(line)
-
-    def finish(self) -> Iterator[Item]:
-        """The row without a line end, and a quote that never closed."""
-        for line in self._lines.finish():
-            yield from self._take(line)
-        if self._first is not None:
+        if last and self._first is not None:
             yield from self._records(self._first, final=True)
 
     def _take(self, line: Line) -> Iterator[Item]:
@@ -308,19 +243,26 @@ def _refuse_foreign(head: bytes, kind: str) -> None:
             raise RowError("unknown_format", "", f"this is {what}")
 
 
-def _json(text: str) -> Any:
+def _text_rows(line: Line) -> Iterator[str]:
+    text = line.text()
+    if "\0" in text:
+        raise RowError("not_text", "", "holds a NUL byte; is it UTF-16, or no text at all?")
+    yield text + "\n" * line.ended
+
+
+def _json_rows(line: Line) -> Iterator[Any]:
+    text = line.text()
+    if not text.strip():
+        return
     try:
-        return json.loads(text)
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise RowError("bad_json", "", f"not valid JSON: {_reason(error)}{column}") from error
+    yield row
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
-
-
-def _broken(error: RowError) -> Item:
-    return Item(1, 0, b"", None, error, last=True)

@@ -51,11 +51,11 @@ class Gunzip:
         self._member = zlib.decompressobj(wbits=31)
         self._taken = self._given = 0
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes, *, last: bool) -> Iterator[bytes]:
         """Pieces of at most 1 MiB.
 
         Raises:
-            RowError: where the data is not gzip, or grows beyond bounds.
+            RowError: where the data is not gzip, grows beyond bounds, or is cut off after the `last` bytes.
         """
         self._taken += len(data)
         more = bool(data)
@@ -75,14 +75,7 @@ class Gunzip:
             more = bool(data) or (len(piece) == _PIECE_BYTES and not self._member.eof)
             self._refuse_bomb()
             yield piece
-
-    def finish(self) -> None:
-        """Check the end.
-
-        Raises:
-            RowError: where the file is cut off.
-        """
-        if self._taken and not self._member.eof:
+        if last and self._taken and not self._member.eof:
             raise RowError("bad_gzip", "", "the gzip data is cut off")
 
     def _refuse_bomb(self) -> None:
@@ -136,31 +129,29 @@ class Lines:
         self._cut, self._tail, self._skipping = cut, b"", False
         self._number = self._offset = 0
 
-    def feed(self, data: bytes) -> Iterator[Line]:
-        """Lines that these bytes complete."""
+    def feed(self, data: bytes, *, last: bool) -> Iterator[Line]:
+        """Lines that these bytes complete; the `last` bytes complete the line without an end."""
         *lines, self._tail = (self._tail + data).split(b"\n")
         for raw in lines:
             yield from self._take(raw, ended=True)
-        if len(self._tail) <= MAX_LINE_BYTES:
-            return
+        if last and self._tail:
+            yield from self._take(self._tail, ended=False)
+        elif len(self._tail) > MAX_LINE_BYTES:
+            yield from self._part()
+
+    def _part(self) -> Iterator[Line]:
+        """The beginning of a line that is too long to wait for its end."""
+        at = len(self._tail)
         if self._cut:
-            at = len(self._tail) - 1
+            at -= 1
             while self._tail[at] & 0xC0 == 0x80 and at > len(self._tail) - 4:
                 at -= 1  # never inside a character
-            part, self._tail = self._tail[:at], self._tail[at:]
-            yield Line(self._number + 1, self._offset, part, ended=False)
-            self._offset += at
-            return
+        part, self._tail = self._tail[:at], self._tail[at:]
         if not self._skipping:
-            yield Line(self._number + 1, self._offset, self._tail[:200], ended=False, too_long=True)
-        self._skipping = True
-        self._offset += len(self._tail)
-        self._tail = b""
-
-    def finish(self) -> Iterator[Line]:
-        """The line without an end."""
-        if self._tail:
-            yield from self._take(self._tail, ended=False)
+            raw = part if self._cut else part[:200]
+            yield Line(self._number + 1, self._offset, raw, ended=False, too_long=not self._cut)
+        self._skipping = not self._cut
+        self._offset += at
 
     def _take(self, raw: bytes, *, ended: bool) -> Iterator[Line]:
         self._number += 1
