@@ -9,14 +9,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any, Literal
 
 from sat_core.plan.errors import ConfigError
 
 MAX_LIST = 16
+# Each limit of a number: what holds, in words, and in JSON Schema.
+_LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
+    "ge": (operator.ge, "at least", "minimum"),
+    "gt": (operator.gt, "above", "exclusiveMinimum"),
+    "le": (operator.le, "at most", "maximum"),
+    "lt": (operator.lt, "below", "exclusiveMaximum"),
+}
 
 
 def setting(default: Any, doc: str, **limits: Any) -> Any:
@@ -32,8 +41,6 @@ def build(cls: type, value: Any, path: str) -> Any:
     """
     if value is None:
         return cls()
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is {value!r}; allowed is an object.", path)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     refuse_unknown(value, tuple(fields), path)
     hints = typing.get_type_hints(cls)
@@ -52,13 +59,16 @@ def refuse_unknown(value: Any, known: tuple[str, ...], path: str) -> None:
         if name in known:
             continue
         dotted = f"{path}.{name}" if path else str(name)
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"{dotted} is not a known setting.{hint} Allowed here: {', '.join(known)}.",
+            f"{dotted} is not a known setting.{_nearest(name, known)} Allowed here: {', '.join(known)}.",
             dotted,
             "unknown_parameter",
         )
+
+
+def _nearest(name: Any, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any]) -> Any:
@@ -74,9 +84,8 @@ def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any]) -> An
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(choices)}.{meant}", path)
+            allowed = f"{', '.join(choices)}.{_nearest(value, choices)}"
+            raise ConfigError(f"{path} is {value!r}; allowed: {allowed}", path)
         return value
     if typing.get_origin(hint) is tuple:
         return _check_list(typing.get_args(hint)[0], value, path)
@@ -106,22 +115,12 @@ def _number(
     good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     if good and hint is int:
         good = float(value).is_integer()
-    low = limits.get("ge", limits.get("gt", -math.inf))
-    high = limits.get("le", limits.get("lt", math.inf))
-    inside = good and (value > low or ("ge" in limits and value == low) or low == -math.inf)
-    inside = inside and (value < high or ("le" in limits and value == high) or high == math.inf)
-    if not inside:
-        raise ConfigError(
-            f"{path} is {value!r}; allowed is {kind}{_range_text(limits)}{', or auto' if optional else ''}.",
-            path,
-        )
+    known = {name: limits[name] for name in _LIMITS if name in limits}
+    if not (good and all(_LIMITS[name][0](value, limit) for name, limit in known.items())):
+        allowed = " and ".join(f"{_LIMITS[name][1]} {limit:g}" for name, limit in known.items())
+        allowed = f"{kind} {allowed}".rstrip() + (", or auto" if optional else "")
+        raise ConfigError(f"{path} is {value!r}; allowed is {allowed}.", path)
     return int(value) if hint is int else float(value)
-
-
-def _range_text(limits: typing.Mapping[str, Any]) -> str:
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    parts = [f"{words[k]} {limits[k]:g}" for k in ("ge", "gt", "le", "lt") if k in limits]
-    return " " + " and ".join(parts) if parts else ""
 
 
 def plain(value: Any) -> Any:
@@ -159,8 +158,7 @@ def json_schema(hint: Any, spec: dataclasses.Field[Any] | None = None) -> dict[s
         out |= {"type": "boolean" if hint is bool else "string"}
     else:
         out |= {"type": "integer" if hint is int else "number"}
-    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-    out |= {names[k]: limits[k] for k in names if k in limits}
+    out |= {schema: limits[k] for k, (_, _, schema) in _LIMITS.items() if k in limits}
     if spec is not None and spec.default is not dataclasses.MISSING:
         out["default"] = plain(spec.default)
     return out

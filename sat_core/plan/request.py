@@ -281,11 +281,8 @@ def _hyperparameters(method: Any, direct: Any) -> Hyperparameters:
             raise ConfigError(f"method is {method!r}; allowed is an object with a type.", "method")
         refuse_unknown(method, ("type", "supervised", "dpo", "reinforcement"), "method")
         kind = method.get("type", "supervised")
-        if (
-            kind != "supervised"
-            or method.get("dpo") is not None
-            or method.get("reinforcement") is not None
-        ):
+        others = [method[name] for name in ("dpo", "reinforcement") if method.get(name) is not None]
+        if kind != "supervised" or others:
             raise ConfigError(
                 f"method.type is {kind!r}; only 'supervised' is supported.",
                 "method.type",

@@ -93,11 +93,10 @@ def resolve(
     peak = _learning_rate(request, shape)
     sat_config, warnings = resolve_sat(request, shape, steps, seq_len)
     _refuse_unshardable(request, shape)
-    micro = min(
-        batch,
-        sat.train.micro_batch_size
-        or max(1, TOKENS_PER_MICRO_BATCH // max(1, int(figures["longest"]))),
-    )
+    fitting = max(1, TOKENS_PER_MICRO_BATCH // max(1, int(figures["longest"])))
+    micro = min(batch, sat.train.micro_batch_size or fitting)
+    train = dataclasses.replace(sat.train, learning_rate=peak, micro_batch_size=micro)
+    quarter = max(1, steps // 4)
     config = TrainConfig(
         model_name=request.model,
         model_path=model_path,
@@ -107,29 +106,12 @@ def resolve(
         seed=request.seed or 0,
         total_steps=steps,
         batch_size=batch,
-        micro_batch_size=micro,
-        learning_rate=peak,
-        lr_schedule=sat.train.lr_schedule,
         warmup_steps=math.ceil(sat.train.warmup * steps),
-        weight_decay=sat.train.weight_decay,
-        max_grad_norm=sat.train.max_grad_norm,
-        precision=sat.train.precision,
         sat=sat_config,
-        optimizer=sat.train.optimizer,
-        tuning=sat.train.tuning,
-        lora_rank=sat.train.lora_rank,
-        lora_alpha=sat.train.lora_alpha,
-        gradient_checkpointing=sat.train.gradient_checkpointing,
-        compile=sat.train.compile,
-        sharding=sat.train.sharding,
-        eval_every=sat.eval.every if sat.eval.every is not None else max(1, steps // 4),
-        forgetting_sequences=sat.eval.forgetting_sequences,
-        prompts=sat.eval.prompts,
-        max_new_tokens=sat.eval.max_new_tokens,
-        checkpoint_every=sat.checkpoints.every
-        if sat.checkpoints.every is not None
-        else max(1, steps // 4),
+        eval_every=quarter if sat.eval.every is None else sat.eval.every,
+        checkpoint_every=quarter if sat.checkpoints.every is None else sat.checkpoints.every,
         checkpoint_keep=sat.checkpoints.keep,
+        **_as_asked(TrainConfig, train, sat.eval),
     )
     stated = {
         "n_epochs": max(1, math.ceil(steps / per_epoch)),
@@ -138,6 +120,12 @@ def resolve(
     }
     warnings += _data_warnings(figures)
     return Resolved(config=config, hyperparameters=stated, warnings=tuple(warnings))
+
+
+def _as_asked(cls: type, *settings: Any) -> dict[str, Any]:
+    """The settings that a configuration holds under the same name."""
+    values = {name: value for group in settings for name, value in vars(group).items()}
+    return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
 
 
 def _data_warnings(figures: dict[str, Any]) -> list[str]:
@@ -157,21 +145,15 @@ def _data_warnings(figures: dict[str, Any]) -> list[str]:
 
 
 def _learning_rate(request: RunRequest, shape: ModelShape) -> float:
-    asked, multiplier = (
-        request.sat.train.learning_rate,
-        request.hyperparameters.learning_rate_multiplier,
-    )
+    asked = request.sat.train.learning_rate
+    multiplier = request.hyperparameters.learning_rate_multiplier
     if asked is not None and multiplier is not None:
         raise ConfigError(
             "sat.train.learning_rate and learning_rate_multiplier are both given; give one of them.",
             "sat.train.learning_rate",
             "conflicting_parameters",
         )
-    return (
-        asked
-        if asked is not None
-        else (multiplier or 1.0) * base_learning_rate(shape.num_parameters)
-    )
+    return asked or (multiplier or 1.0) * base_learning_rate(shape.num_parameters)
 
 
 def resolve_sat(
@@ -195,18 +177,12 @@ def resolve_sat(
         total_steps=steps,
         mlp_rate=mlp,
         attention_rate=attention,
-        pooled=asked.pooled,
         schedule=sat.schedule.type,
-        dense_start=sat.schedule.dense_start,
-        sparse_share=sat.schedule.sparse_share,
-        rungs=sat.schedule.rungs,
         allotment=sat.allotment,
-        attention_unit=asked.attention_unit,
         compensation=sat.compensation,
         asleep_on=sat.asleep_on,
-        max_gap=sat.guard.max_gap,
         seed=request.seed or 0,
-        **dataclasses.asdict(sat.importance),
+        **_as_asked(SatConfig, asked, sat.schedule, sat.importance, sat.guard),
     )
     if sat.mode == "auto" and not explicit:
         ratio = run_flops_ratio(shape, config, multiple=CPU_WIDTH_MULTIPLE, seq_len=seq_len)
@@ -258,15 +234,12 @@ def _refuse_unshardable(request: RunRequest, shape: ModelShape) -> None:
 
 
 def _warnings(config: SatConfig, shape: ModelShape) -> list[str]:
-    warnings = []
-    for kind, rate, limit in (
-        ("mlp", config.mlp_rate, 0.75),
-        ("attention", config.attention_rate, 0.25),
-    ):
-        if rate > limit:
-            warnings.append(
-                f"sat.omission_rate.{kind} is {rate:g}; above {limit:g} quality has been seen to fall."
-            )
+    rates = (("mlp", config.mlp_rate, 0.75), ("attention", config.attention_rate, 0.25))
+    warnings = [
+        f"sat.omission_rate.{kind} is {rate:g}; above {limit:g} quality has been seen to fall."
+        for kind, rate, limit in rates
+        if rate > limit
+    ]
     units = attention_units(shape, config.attention_unit)
     if config.attention_rate > 0 and units == 1:
         warnings.append(
