@@ -41,6 +41,7 @@ from api.routes import (
     uploads,
     webhooks,
 )
+from api.together import Together
 from jobs.artifacts import Artifacts
 from jobs.db import make_engine
 from jobs.queue import make_bell
@@ -63,6 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         if chosen.api_key:
             store.ensure_key(chosen.api_key, name="bootstrap")
         artifacts = Artifacts.from_settings(chosen)
+        together = Together()
         _forget_stale_uploads(artifacts.files)
         app.state.services = Services(
             settings=chosen,
@@ -73,8 +75,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             limiter=Limiter(chosen.broker_url),
             followers=Followers(store, streams_per_key=chosen.streams_per_key),
             queueing=Queueing(store, chosen),
+            together=together,
         )
         yield
+        together.close()
         engine.dispose()
 
     app = FastAPI(
@@ -90,13 +94,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Head)
     app.add_middleware(Gate, allowed_hosts=chosen.allowed_hosts)
     errors.install(app)
+    # Tried in this order, so what is polled comes first.
     for router in (
+        fine_tuning.router,
+        job_run.router,
+        estimates.router,
         files.router,
         datasets.router,
         uploads.router,
-        fine_tuning.router,
-        estimates.router,
-        job_run.router,
         after.router,
         exports.router,
         queue.router,

@@ -1,5 +1,8 @@
 """Who asks: a bearer key on `/v1`, a signed session cookie on the dashboard. A router without either is a mistake.
 
+The router asks for the key (`require_key`), its routes take what was found (`Caller`): FastAPI solves a dependency's own
+dependencies anew wherever it is named, even where its answer is known.
+
 The cookie holds a key's id, signed, and never its secret; it ends with the key. It is HttpOnly and SameSite=Strict, and pages of other
 sites are refused before that (`api.gate`). The road not taken is to accept the cookie on `/v1`: then a link could act.
 """
@@ -12,11 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Depends, Header, Request, Response
+from fastapi import Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
-from api.deps import App, Services
+from api.deps import App, Services, services
 from api.errors import ApiError
 from jobs.audit import acting
 from jobs.spec import Key
@@ -55,14 +59,13 @@ def scope_of(method: str, path: str) -> str | None:
     return read if method in READING else write
 
 
-def require_key(
+async def require_key(
     request: Request,
-    app: App,
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    openai_project: Annotated[str | None, Header(include_in_schema=False)] = None,
-) -> Key:
-    """The key in the Authorization header, where it may do what is asked; else 401, 403 or 429."""
-    key = app.store.authenticate(given.credentials) if given else None
+) -> None:
+    """Let in whose key in the Authorization header may do what is asked; else 401, 403 or 429."""
+    app = services(request)
+    key = await app.together.ask(app.store.authenticate, given.credentials) if given else None
     if key is None:
         what = "This API key is not valid." if given else "No API key was given."
         raise ApiError(
@@ -70,21 +73,29 @@ def require_key(
             f"{what} Send 'Authorization: Bearer KEY'; `satune up` prints the key and keeps it in connection.json.",
         )
     try:
-        request.state.rate_headers = app.limiter.count(key)
+        if key.requests_per_minute is not None:
+            request.state.rate_headers = await run_in_threadpool(app.limiter.count, key)
     except ApiError as refused:
         if not _creates(request):
             raise
         # `api.once` answers with it, once it knows what was refused.
         request.state.refused = refused
-    if openai_project is not None and openai_project != key.project:
+    project = request.headers.get("openai-project")
+    if project is not None and project != key.project:
         raise ApiError(
             "project_mismatch",
-            f"The header OpenAI-Project says {openai_project!r}, but this key belongs to {key.project!r}.",
+            f"The header OpenAI-Project says {project!r}, but this key belongs to {key.project!r}.",
             "OpenAI-Project",
         )
     _need(key, scope_of(request.method, request.url.path))
     _acts(request, "api_key", key)
-    return key
+    request.state.key = key
+
+
+async def _caller(request: Request) -> Key:
+    found = request.state.key
+    assert isinstance(found, Key)  # noqa: S101 - set by `require_key`, which every router asks for
+    return found
 
 
 def _creates(request: Request) -> bool:
@@ -165,5 +176,5 @@ def _signer(app: Services) -> URLSafeTimedSerializer:
     return URLSafeTimedSerializer(app.session_secret, salt="satune-session")
 
 
-Caller = Annotated[Key, Depends(require_key)]
+Caller = Annotated[Key, Depends(_caller)]
 Viewer = Annotated[str, Depends(require_session)]

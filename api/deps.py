@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from api.followers import Followers
 from api.limiter import Limiter
 from api.queueing import Queueing
+from api.together import Together
 from jobs.artifacts import Artifacts
 from jobs.errors import NotFound
 from jobs.queue import Bell
@@ -16,7 +17,7 @@ from jobs.settings import Settings
 from jobs.store import Store
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Services:
     """The parts of the house that the API stands on."""
 
@@ -28,6 +29,7 @@ class Services:
     limiter: Limiter
     followers: Followers
     queueing: Queueing
+    together: Together
 
     def model_path(self, project: str, name: str) -> Path | None:
         """Folder of the result `name`, or None where it was deleted."""

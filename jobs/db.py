@@ -57,6 +57,13 @@ def writer(engine: Engine) -> Engine:
     return engine.execution_options(**{WRITES: True})
 
 
+def looker(engine: Engine) -> Engine:
+    """The same engine and pool, for single statements that only read: PostgreSQL needs no transaction around one."""
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
+    return engine
+
+
 def is_postgresql(session: Session) -> bool:
     """Whether the session speaks to PostgreSQL."""
     return session.get_bind().dialect.name == "postgresql"

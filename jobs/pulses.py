@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 
 from jobs.errors import InvalidCursor, NotFound
 from jobs.library import record_of
@@ -40,6 +40,9 @@ class Pulse:
 
 
 _COLUMNS = tuple(getattr(JobRow, name) for name in Pulse.__dataclass_fields__)
+_PULSE = select(*_COLUMNS).where(
+    JobRow.project == bindparam("project"), JobRow.id == bindparam("job_id")
+)
 
 
 class Pulses(Transactions):
@@ -47,12 +50,11 @@ class Pulses(Transactions):
 
     def pulse(self, project: str, job_id: str) -> Pulse:
         """One job, cheaply. Raises NotFound."""
-        with self.reading() as session:
-            query = select(*_COLUMNS).where(JobRow.project == project, JobRow.id == job_id)
-            row = session.execute(query).one_or_none()
-            if row is None:
-                raise NotFound.of("job", job_id)
-            return Pulse(**row._mapping)
+        with self.looking() as connection:
+            row = connection.execute(_PULSE, {"project": project, "job_id": job_id}).one_or_none()
+        if row is None:
+            raise NotFound.of("job", job_id)
+        return Pulse(**row._mapping)
 
     def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
         """Those of the jobs that exist, in one question, whoever's they are."""

@@ -11,8 +11,8 @@ import secrets
 import time
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy import Row, Select, bindparam, select, tuple_
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from jobs.errors import InvalidCursor, LastAdminKey, NotArchivable, NotFound
 from jobs.library import record_of
@@ -43,6 +43,17 @@ LAST_USED_SECONDS = 60
 R = TypeVar("R")
 
 
+def _key_by(column: InstrumentedAttribute[str]) -> Select[Any]:
+    return (
+        select(KeyRow.__table__, ProjectRow.requests_per_minute)
+        .join(ProjectRow, ProjectRow.id == KeyRow.project)
+        .where(column == bindparam("which"), ProjectRow.archived_at.is_(None))
+    )
+
+
+_KEY_OF_SECRET, _KEY_OF_ID = _key_by(KeyRow.secret_sha256), _key_by(KeyRow.id)
+
+
 class Tenants(Transactions):
     """Projects, service accounts, keys, limits and the audit log."""
 
@@ -64,7 +75,7 @@ class Tenants(Transactions):
 
     def authenticate(self, secret: str) -> Key | None:
         """The key whose secret this is, while it is neither revoked nor expired and its project is not archived."""
-        key, last = self._valid_key(KeyRow.secret_sha256 == _digest(secret))
+        key, last = self._valid_key(_KEY_OF_SECRET, _digest(secret))
         if key is not None and (last is None or time.time() - last > LAST_USED_SECONDS):
             with self.writing() as session:
                 session.get_one(KeyRow, key.id).last_used_at = time.time()
@@ -72,27 +83,21 @@ class Tenants(Transactions):
 
     def key_of_session(self, key_id: str) -> Key | None:
         """The key that a session was begun with, while it is valid."""
-        return self._valid_key(KeyRow.id == key_id)[0]
+        return self._valid_key(_KEY_OF_ID, key_id)[0]
 
-    def _valid_key(self, which: ColumnElement[bool]) -> tuple[Key | None, float | None]:
-        query = (
-            select(KeyRow, ProjectRow.requests_per_minute)
-            .join(ProjectRow, ProjectRow.id == KeyRow.project)
-            .where(which, ProjectRow.archived_at.is_(None))
+    def _valid_key(self, query: Select[Any], which: str) -> tuple[Key | None, float | None]:
+        with self.looking() as connection:
+            row = connection.execute(query, {"which": which}).one_or_none()
+        if row is None or not _valid(row, time.time()):
+            return None, None
+        key = Key(
+            id=row.id,
+            project=row.project,
+            name=row.name,
+            scopes=frozenset(row.scopes),
+            requests_per_minute=row.requests_per_minute,
         )
-        with self.reading() as session:
-            found = session.execute(query).first()
-            if found is None or not _valid(found[0], time.time()):
-                return None, None
-            row, per_minute = found
-            key = Key(
-                id=row.id,
-                project=row.project,
-                name=row.name,
-                scopes=frozenset(row.scopes),
-                requests_per_minute=per_minute,
-            )
-            return key, row.last_used_at
+        return key, row.last_used_at
 
     def create_project(self, name: str, receipt: Receipt | None = None) -> ProjectRecord:
         """A new, empty project without limits."""
@@ -332,7 +337,7 @@ def _add_key(
     return record_of(KeyRecord, row), secret
 
 
-def _valid(row: KeyRow, now: float) -> bool:
+def _valid(row: KeyRow | Row[Any], now: float) -> bool:
     return row.revoked_at is None and (row.expires_at is None or row.expires_at > now)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from api import once
@@ -152,22 +151,24 @@ async def retrieve_job(
         async with app.followers.following(key.project, job_id) as followed:
             if not followed.pulse.ended:
                 await followed.changed(version, wait)
-    return await run_in_threadpool(
+    headers, text = await app.together.ask(
         _retrieved, app, key.project, job_id, if_none_match, compat == "strict"
     )
+    if text is None:
+        return Response(status_code=304, headers=headers)
+    return Response(text, media_type="application/json", headers=headers)
 
 
 def _retrieved(
     app: Services, project: str, job_id: str, if_none_match: str | None, strict: bool
-) -> Response:
-    shown = FineTuningJob.of(app.store.get_job(project, job_id), app, strict=strict)
-    detail = shown.status_detail
+) -> tuple[dict[str, str], str | None]:
+    """Headers of the answer, and its body where the client has it not yet."""
+    job = app.store.get_job(project, job_id)
+    place = app.queueing.place(job)
     # A place in the queue changes without the job.
-    place = f"-{detail.position}-{detail.reason}" if detail.position else ""
-    headers, same = tagged(f"j{shown.version}{place}", if_none_match)
-    if same:
-        return Response(status_code=304, headers=headers)
-    return Response(shown.model_dump_json(), media_type="application/json", headers=headers)
+    queued = f"-{place.position}-{place.reason}" if place else ""
+    headers, same = tagged(f"j{job.version}{queued}", if_none_match)
+    return headers, None if same else FineTuningJob.of(job, app, strict=strict).model_dump_json()
 
 
 @router.post(

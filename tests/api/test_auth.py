@@ -101,3 +101,11 @@ def test_importing_the_app_loads_no_torch():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_revoked_key_is_refused_at_the_next_request(client, services):
+    _, key, secret = services.store.create_service_account("default", "ci", ("jobs:read",))
+    theirs = {"authorization": f"Bearer {secret}"}
+    assert client.get("/v1/fine_tuning/jobs", headers=theirs).status_code == 200
+    services.store.revoke_key("default", key.id)
+    assert client.get("/v1/fine_tuning/jobs", headers=theirs).status_code == 401
