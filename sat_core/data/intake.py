@@ -24,42 +24,62 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PROGRESS_ROWS = 200
-PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is the same for every file of a corpus; see `Preparation` for the fields."""
+class Tokens:
+    """How rows become tokens, in a corpus, a preview or a report on a file.
+
+    Attributes:
+        renderer: of the model's tokenizer.
+        seq_len_for: tokens in a sequence, given whether the file is packed.
+        packing: "auto", "none", "joined" or "separate".
+    """
 
     renderer: Renderer
-    packing: str
     seq_len_for: Callable[[bool], int]
-    progress: Callable[[int], None]
+    packing: str = "auto"
 
 
 @dataclass
 class Tally:
-    """What was counted of one file; lengths are those before cutting."""
+    """What was counted of one file; lengths are those before cutting. `progress` is told the rows now and then."""
 
+    progress: Callable[[int], None]
     rows: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
     untrained_rows: int = 0
     lengths: array[int] = field(default_factory=lambda: array("q"))
 
+    def begin_row(self) -> None:
+        """One more row."""
+        self.rows += 1
+        if self.rows % PROGRESS_ROWS == 0:
+            self.progress(self.rows)
+
+    def end_row(self, length: int, lost: int, trained: int) -> None:
+        """How many tokens it has, and how many of them are cut off and trained on."""
+        self.lengths.append(length)
+        self.truncated_rows += lost > 0
+        self.truncated_tokens += lost
+        self.untrained_rows += trained == 0
+
+    def row_tokens(self, percentiles: tuple[int, ...], longest: str) -> dict[str, int]:
+        """Percentiles of tokens in a row, and the most, under the name `longest`."""
+        lengths = np.asarray(self.lengths or [0], dtype=np.int64)
+        values = np.percentile(lengths, percentiles, method="lower").tolist()
+        names = (f"p{p}" for p in percentiles)
+        return {**dict(zip(names, values, strict=True)), longest: int(lengths.max())}
+
     def figures(self) -> dict[str, Any]:
         """The counts, and percentiles of tokens in a row."""
-        lengths = np.asarray(self.lengths, dtype=np.int64)
         return {
             "rows": self.rows,
             "truncated_rows": self.truncated_rows,
             "truncated_tokens": self.truncated_tokens,
             "untrained_rows": self.untrained_rows,
-            "row_tokens": {
-                f"p{p}": int(np.percentile(lengths, p, method="lower")) if len(lengths) else 0
-                for p in PERCENTILES
-            }
-            | {"longest": int(lengths.max(initial=0))},
+            "row_tokens": self.row_tokens((50, 90, 99), "longest"),
         }
 
 
@@ -69,7 +89,8 @@ class Intake:
     def __init__(
         self,
         source: Source,
-        settings: Settings,
+        tokens: Tokens,
+        progress: Callable[[int], None],
         *,
         declared: str = "auto",
         order: tuple[int, ...] | None = None,
@@ -78,20 +99,21 @@ class Intake:
 
         Args:
             source: the file.
-            settings: of the corpus.
+            tokens: how its rows become some.
+            progress: told the rows done so far.
             declared: format of the file, or "auto".
             order: seed of the order of rows; None is the file's own.
 
         Raises:
             DataError: where the first row is unusable.
         """
-        self.source, self.tally, self._settings = source, Tally(), settings
+        self.source, self.tally, self._renderer = source, Tally(progress), tokens.renderer
         rows = source.rows(declared)
         rows = rows if order is None else shuffled(rows, order)
         first = next(rows, None)
         self.format = first.format if first else "messages" if declared == "auto" else declared
-        self.packing = packing_for(settings.packing, self.format)
-        self.seq_len = settings.seq_len_for(self.packing != "none")
+        self.packing = packing_for(tokens.packing, self.format)
+        self.seq_len = tokens.seq_len_for(self.packing != "none")
         self._rows = itertools.chain([first] if first else [], rows)
 
     def packer(self) -> Packer:
@@ -105,18 +127,13 @@ class Intake:
             DataError: naming a row that is unusable.
         """
         for row in self._rows:
-            self.tally.rows += 1
-            if self.tally.rows % PROGRESS_ROWS == 0:
-                self._settings.progress(self.tally.rows)
-            whole = self._settings.renderer.render(row.content)
-            self.tally.lengths.append(len(whole.ids))
+            self.tally.begin_row()
+            whole = self._renderer.render(row.content)
             parts, lost = fit(whole, row.format, self.packing, self.seq_len)
-            self.tally.truncated_rows += lost > 0
-            self.tally.truncated_tokens += lost
-            if any(any(part.trained[1:]) for part in parts):
+            trained = sum(sum(part.trained[1:]) for part in parts)
+            self.tally.end_row(len(whole.ids), lost, trained)
+            if trained:
                 yield mark_of(whole), parts
-            else:
-                self.tally.untrained_rows += 1
 
     def sequences(self, marks: array[int]) -> Iterator[Sequence]:
         """All rows packed; their marks are added to `marks`.

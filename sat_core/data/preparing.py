@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sat_core.data.intake import Intake, Settings, copies, new_marks, overlap
-from sat_core.data.rendering import Renderer
+from sat_core.data.intake import Intake, Tokens, copies, new_marks, overlap
 from sat_core.data.writing import CORPUS_FORMAT, SplitWriter
 from sat_core.plan.errors import DataError
 
@@ -37,28 +36,22 @@ class Preparation:
     """One corpus in the making.
 
     Attributes:
-        tokenizer: of the model.
+        tokens: how rows become some.
         training, validation: the job's own file, and what is held out (None carves it from the former).
         declared_format: of these two, or "auto".
-        train_on: "assistant" or "all".
         validation_split: share of sequences to hold out; None is .05.
-        seq_len_for: tokens in a sequence, given whether the file is packed.
         progress: told the rows done so far.
         mixes: files to mix in, each with a weight.
-        packing: "auto", "none", "joined" or "separate".
         seed: chooses the rows of a mixed file that is not used whole.
     """
 
-    tokenizer: Any
+    tokens: Tokens
     training: Source
     validation: Source | None
     declared_format: str
-    train_on: str
     validation_split: float | None
-    seq_len_for: Callable[[bool], int]
     progress: Callable[[int], None]
     mixes: tuple[Source, ...] = ()
-    packing: str = "auto"
     seed: int = 0
 
     def run(self, corpora: Path) -> tuple[Path, dict[str, Any]]:
@@ -67,13 +60,12 @@ class Preparation:
         Raises:
             DataError: for a row that cannot be trained on, or data without a trained token.
         """
-        renderer = Renderer(self.tokenizer, train_on=self.train_on)
-        folder = corpora / self._key(renderer)
+        folder = corpora / self._key()
         if not folder.exists():
             corpora.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=corpora, prefix=".preparing-"))
             try:
-                self._write(scratch, renderer)
+                self._write(scratch)
                 scratch.chmod(0o755)
                 if not folder.exists():
                     scratch.rename(folder)
@@ -81,35 +73,35 @@ class Preparation:
                 shutil.rmtree(scratch, ignore_errors=True)
         return folder, json.loads((folder / "corpus.json").read_text("utf-8"))["figures"]
 
-    def _key(self, renderer: Renderer) -> str:
+    def _key(self) -> str:
+        tokens, renderer = self.tokens, self.tokens.renderer
         sources = [self.training, self.validation, *self.mixes]
         parts = [
             CORPUS_FORMAT,
             [(s.fingerprint, s.filename, s.weight) for s in sources if s is not None],
             self.validation is None,
-            hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            hashlib.sha256(renderer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             str(renderer.tokenizer.chat_template),
-            self.tokenizer.eos_token_id,
-            (self.declared_format, self.train_on, self.validation_split, self.packing),
-            (self.seq_len_for(True), self.seq_len_for(False)),
+            renderer.tokenizer.eos_token_id,
+            (self.declared_format, renderer.train_on, self.validation_split, tokens.packing),
+            (tokens.seq_len_for(True), tokens.seq_len_for(False)),
             self.seed if self.mixes else None,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
-    def _write(self, folder: Path, renderer: Renderer) -> None:
-        settings = Settings(renderer, self.packing, self.seq_len_for, self.progress)
+    def _write(self, folder: Path) -> None:
         trained, kept_out = new_marks(), new_marks()
         with SplitWriter(folder, "train") as train, SplitWriter(folder, "validation") as held:
-            main = Intake(self.training, settings, declared=self.declared_format)
+            main = self._intake(self.training, declared=self.declared_format)
             self._split(main, train, held, trained, kept_out)
             if train.trained_tokens == 0:
                 raise _untrained(main)
             duplicates = copies(trained, kept_out)
             files = [main.figures("training", train.totals())]
             for number in range(len(self.mixes)):
-                files.append(self._mix(number, settings, train, files[0]["sequences"], trained))
+                files.append(self._mix(number, train, files[0]["sequences"], trained))
             if self.validation is not None:
-                second = Intake(self.validation, settings, declared=self.declared_format)
+                second = self._intake(self.validation, declared=self.declared_format)
                 for sequence in second.sequences(kept_out):
                     held.add(sequence)
                 if held.trained_tokens == 0:
@@ -165,14 +157,17 @@ class Preparation:
             for sequence in packer.finish():
                 writer.add(sequence)
 
+    def _intake(self, source: Source, **settings: Any) -> Intake:
+        return Intake(source, self.tokens, self.progress, **settings)
+
     def _mix(
-        self, number: int, settings: Settings, train: SplitWriter, own: int, trained: array[int]
+        self, number: int, train: SplitWriter, own: int, trained: array[int]
     ) -> dict[str, Any]:
         """Sequences of one more file, as many as its weight asks for: a short file is read again, a long one left early."""
         source = self.mixes[number]
         before = train.totals()
         end = train.sequences + max(1, round((source.weight or 0.0) * own))
-        first = intake = Intake(source, settings, order=(self.seed, number, 1))
+        first = intake = self._intake(source, order=(self.seed, number, 1))
         marks = trained
         for reading in itertools.count(1):
             start = train.sequences
@@ -182,7 +177,7 @@ class Preparation:
                 raise _untrained(intake)
             if train.sequences == end:
                 break
-            intake = Intake(source, settings, order=(self.seed, number, reading + 1))
+            intake = self._intake(source, order=(self.seed, number, reading + 1))
             marks = new_marks()
         written = {name: total - before[name] for name, total in train.totals().items()}
         if not written["trained_tokens"]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from sat_core.data.intake import fit
+from sat_core.data.intake import Tokens, fit
 from sat_core.data.packing import packing_for
-from sat_core.data.rendering import Rendered, Renderer
+from sat_core.data.rendering import Rendered
 from sat_core.plan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from sat_core.data.sources import Source
 
@@ -23,14 +23,7 @@ MAX_PREVIEW_ROWS = 100
 
 
 def preview(
-    tokenizer: Any,
-    source: Source,
-    *,
-    seq_len_for: Callable[[bool], int],
-    declared_format: str = "auto",
-    train_on: str = "assistant",
-    packing: str = "auto",
-    rows: int = 5,
+    source: Source, tokens: Tokens, *, declared_format: str = "auto", rows: int = 5
 ) -> list[dict[str, Any]]:
     """The first rows, each as plain data.
 
@@ -47,12 +40,12 @@ def preview(
         raise ConfigError(
             f"rows is {rows!r}; allowed is an integer from 1 to {MAX_PREVIEW_ROWS}.", "rows"
         )
-    renderer = Renderer(tokenizer, train_on=train_on)
+    tokenizer = tokens.renderer.tokenizer
     shown = []
     for number, row in enumerate(itertools.islice(source.rows(declared_format), rows), 1):
-        whole = renderer.render(row.content)
-        chosen = packing_for(packing, row.format)
-        parts, _ = fit(whole, row.format, chosen, seq_len_for(chosen != "none"))
+        whole = tokens.renderer.render(row.content)
+        chosen = packing_for(tokens.packing, row.format)
+        parts, _ = fit(whole, row.format, chosen, tokens.seq_len_for(chosen != "none"))
         shown.append(
             {
                 "row": number,

@@ -12,28 +12,26 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from sat_core.data.intake import Tokens
 from sat_core.data.preparing import Preparation
 from sat_core.data.preview import preview
 from sat_core.data.rendering import Renderer
 from sat_core.data.sources import Source
 from sat_core.data.tokenizer import hub_revision, load_tokenizer, model_config
-from sat_core.data.validation import Tokens, Validation
+from sat_core.data.validation import Validation
 from sat_core.plan.accounting import padded
+from sat_core.plan.checking import build
 from sat_core.plan.config import PREPARE_FORMAT, PREPARED_FORMAT
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.families import ModelShape, shape_of
 from sat_core.plan.memory import memory_bytes
 from sat_core.plan.quote import quote
-from sat_core.plan.request import RunRequest
+from sat_core.plan.request import MixFile, RunRequest
 from sat_core.plan.resolve import check_mode, max_seq_len, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sat_core.plan.config import TrainConfig
 
-MAX_MIX_FILES = 16
-MAX_MIX_WEIGHT = 100
 DEFAULT_PREVIEW_ROWS = 5
 
 
@@ -52,9 +50,7 @@ class _Job(NamedTuple):
     path: str | None
     revision: str | None
     shape: ModelShape
-    tokenizer: Any
-    seq_len_for: Callable[[bool], int]
-    packing: str
+    tokens: Tokens
 
 
 def prepare(folder: Path, config: dict[str, Any], events: Events) -> None:
@@ -63,21 +59,18 @@ def prepare(folder: Path, config: dict[str, Any], events: Events) -> None:
     Raises:
         PlanError: for a setting, a model or data that cannot be used.
     """
-    mixes = _mixes(config.get("mix_files"))
+    mixes = [_mixed(file, i) for i, file in enumerate(config.get("mix_files") or ())]
     job = _job(config, events)
     request, held = job.request, config["validation_file"]
     events.state("tokenizing", "Rendering, masking and tokenising")
     corpus, figures = Preparation(
-        tokenizer=job.tokenizer,
-        training=_source(config["training_file"], "training_file"),
-        validation=_source(held, "validation_file") if held else None,
+        tokens=job.tokens,
+        training=_source(config["training_file"]),
+        validation=_source(held) if held else None,
         declared_format=request.sat.data.format,
-        train_on=request.sat.train.train_on,
         validation_split=request.sat.data.validation_split,
-        seq_len_for=job.seq_len_for,
         progress=lambda rows: events.emit("progress", done=rows, total=None, unit="rows"),
-        mixes=mixes,
-        packing=job.packing,
+        mixes=tuple(mixes),
         seed=request.seed or 0,
     ).run(Path(config["corpora_dir"]))
     resolved = resolve(
@@ -125,12 +118,9 @@ def show(folder: Path, config: dict[str, Any], events: Events) -> None:
     """
     job = _job(config, events)
     rows = preview(
-        job.tokenizer,
-        _source(config["training_file"], "training_file"),
-        seq_len_for=job.seq_len_for,
+        _source(config["training_file"]),
+        job.tokens,
         declared_format=job.request.sat.data.format,
-        train_on=job.request.sat.train.train_on,
-        packing=job.packing,
         rows=config.get("rows", DEFAULT_PREVIEW_ROWS),
     )
     _put(folder / "preview.json", {"format": "satune.preview/1", "rows": rows})
@@ -149,16 +139,11 @@ def validate(folder: Path, config: dict[str, Any], events: Events) -> None:
         tokens, declared = None, str(config["declared_format"])
     else:
         job = _job(config, events)
-        declared = job.request.sat.data.format
-        tokens = Tokens(
-            renderer=Renderer(job.tokenizer, train_on=job.request.sat.train.train_on),
-            packing=job.packing,
-            seq_len_for=job.seq_len_for,
-        )
+        tokens, declared = job.tokens, job.request.sat.data.format
 
     def judged(file: str) -> Validation:
         return Validation(
-            source=_source(config[file], file),
+            source=_source(config[file]),
             tokens=tokens,
             declared=declared,
             progress=lambda rows: events.emit("progress", done=rows, total=None, unit="rows"),
@@ -184,49 +169,23 @@ def _job(config: dict[str, Any], events: Events) -> _Job:
     revision = model["revision"] or (None if model["path"] else hub_revision(model["name"]))
     events.state("checking_dataset", f"Reading {config['training_file']['filename']}")
     shape = shape_of(model_config(source, revision=revision))
-    return _Job(
-        request=request,
-        path=model["path"],
-        revision=revision,
-        shape=shape,
-        tokenizer=load_tokenizer(source, revision=revision),
-        seq_len_for=lambda packed: max_seq_len(request, shape, packed=packed),
-        packing=request.sat.data.packing,
+    tokenizer = load_tokenizer(source, revision=revision)
+    tokens = Tokens(
+        Renderer(tokenizer, train_on=request.sat.train.train_on),
+        lambda packed: max_seq_len(request, shape, packed=packed),
+        request.sat.data.packing,
     )
+    return _Job(request, model["path"], revision, shape, tokens)
 
 
-def _mixes(files: Any) -> tuple[Source, ...]:
-    if files is None:
-        return ()
-    if not isinstance(files, list) or len(files) > MAX_MIX_FILES:
-        raise ConfigError(
-            f"mix_files must be a list of at most {MAX_MIX_FILES} files with weights.", "mix_files"
-        )
-    return tuple(_mix(file, f"mix_files.{i}") for i, file in enumerate(files))
+def _mixed(file: dict[str, Any], number: int) -> Source:
+    asked = build(MixFile, {"weight": file.get("weight")}, f"mix_files.{number}")
+    return _source(file, asked.weight)
 
 
-def _mix(file: Any, place: str) -> Source:
-    weight = file.get("weight") if isinstance(file, dict) else None
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, int | float)
-        or not 0 < weight <= MAX_MIX_WEIGHT
-    ):
-        raise ConfigError(
-            f"weight is {weight!r}; allowed is a number above 0, at most {MAX_MIX_WEIGHT}: sequences of this file for "
-            "one of the training file.",
-            f"{place}.weight",
-        )
-    return _source(file, place, float(weight))
-
-
-def _source(file: Any, place: str, weight: float | None = None) -> Source:
-    if not isinstance(file, dict) or not isinstance(file.get("filename"), str):
-        raise ConfigError("A file must be an object with path and filename.", place)
-    path = file.get("path")
-    return Source(
-        path=None if path is None else Path(path), filename=file["filename"], weight=weight
-    )
+def _source(file: dict[str, Any], weight: float | None = None) -> Source:
+    path = None if file["path"] is None else Path(file["path"])
+    return Source(path=path, filename=file["filename"], weight=weight)
 
 
 def _put(path: Path, content: dict[str, Any]) -> None:

@@ -12,12 +12,12 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sat_core.data.intake import PROGRESS_ROWS, Tally, copies, fit, mark_of, new_marks, overlap
+from sat_core.data.intake import Tally, Tokens, copies, fit, mark_of, new_marks, overlap
 from sat_core.data.packing import packing_for
 from sat_core.data.reading import CHUNK_BYTES, parquet_rows, read_rows
 from sat_core.plan.errors import DataError
@@ -30,19 +30,7 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable
 
-    from sat_core.data.rendering import Renderer
     from sat_core.data.sources import Source
-
-PERCENTILES = (50, 95)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """How rows become tokens, as in a job with these settings."""
-
-    renderer: Renderer
-    packing: str
-    seq_len_for: Callable[[bool], int]
 
 
 @dataclass
@@ -51,9 +39,9 @@ class Validation:
 
     source: Source
     tokens: Tokens | None
-    progress: Callable[[int], None]
+    progress: InitVar[Callable[[int], None]]
     declared: str = "auto"
-    tally: Tally = field(default_factory=Tally)
+    tally: Tally = field(init=False)
     marks: array[int] = field(default_factory=new_marks)
     trained: array[int] = field(default_factory=new_marks)
     roles: Counter[str] = field(default_factory=Counter)
@@ -61,7 +49,8 @@ class Validation:
     _seq_len: int = 0
     _trained_uncut: int = 0
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, progress: Callable[[int], None]) -> None:
+        self.tally = Tally(progress)
         self._check = FileCheck(self.source.filename, self.declared, each=self._take)
 
     def run(self, against: Validation | None = None) -> dict[str, Any]:
@@ -114,9 +103,7 @@ class Validation:
 
     def _take(self, item: Item, content: Text | Conversation) -> None:
         """Count a good row. Raises RowError where the model's template cannot render it."""
-        self.tally.rows += 1
-        if self.tally.rows % PROGRESS_ROWS == 0:
-            self.progress(self.tally.rows)
+        self.tally.begin_row()
         if isinstance(content, Conversation):
             self.roles.update(message["role"] for message in content.messages)
         if self.tokens is None:
@@ -132,10 +119,7 @@ class Validation:
         trained = sum(
             sum(part.trained) if packing == "joined" else sum(part.trained[1:]) for part in parts
         )
-        self.tally.lengths.append(len(whole.ids))
-        self.tally.truncated_rows += lost > 0
-        self.tally.truncated_tokens += lost
-        self.tally.untrained_rows += trained == 0
+        self.tally.end_row(len(whole.ids), lost, trained)
         self.trained.append(trained)
         self._trained_uncut += sum(whole.trained[1:])
         self.marks.append(mark_of(whole))
@@ -170,10 +154,7 @@ class Validation:
     def _token_figures(self) -> dict[str, Any]:
         lengths = np.asarray(self.tally.lengths, dtype=np.int64)
         total, trained = int(lengths.sum()), sum(self.trained)
-        per_row = {
-            f"p{p}": int(np.percentile(lengths, p, method="lower")) if len(lengths) else 0
-            for p in PERCENTILES
-        } | {"max": int(lengths.max(initial=0))}
+        per_row = self.tally.row_tokens((50, 95), "max")
         suggestions = []
         if total:
             share = f"{100 * trained / total:.0f} % of the tokens would be trained on."

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sat_core.data.corpus import Corpus
+from sat_core.data.intake import Tokens
 from sat_core.data.preparing import Preparation
+from sat_core.data.rendering import Renderer
 from sat_core.data.sources import Source
 
 
@@ -21,6 +23,8 @@ def make(
     *,
     seq_len: int = 16,
     split: float | None = 0,
+    packing: str = "auto",
+    train_on: str = "assistant",
     mixes: dict[Path, float] | None = None,
     **settings: Any,
 ) -> tuple[Corpus, dict[str, Any]]:
@@ -32,13 +36,11 @@ def make(
     defaults: dict[str, Any] = {
         "validation": None,
         "declared_format": "auto",
-        "train_on": "assistant",
         "validation_split": split,
     }
     preparation = Preparation(
-        tokenizer=tokenizer,
+        tokens=Tokens(Renderer(tokenizer, train_on=train_on), lambda packed: seq_len, packing),
         training=data if isinstance(data, Source) else Source(path=data, filename=data.name),
-        seq_len_for=lambda packed: seq_len,
         progress=lambda rows: None,
         mixes=tuple(sources),
         **{**defaults, **settings},

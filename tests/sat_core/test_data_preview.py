@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from sat_core.data.intake import Tokens
 from sat_core.data.preview import preview
 from sat_core.data.rendering import Renderer
 from sat_core.data.sources import Source
@@ -31,6 +32,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tokenizer(model_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(model_folder)
+
+
+def tokens_of(tokenizer: Any, packing: str = "auto") -> Tokens:
+    return Tokens(Renderer(tokenizer), lambda packed: 8, packing)
 
 
 def trained(tokenizer: Any, row: dict[str, Any], **settings: Any) -> str:
@@ -139,9 +144,7 @@ def test_a_preview_shows_what_is_trained_masked_and_cut(tmp_path: Path, tokenize
         {"messages": [USER, {**ASSISTANT, "content": "e " * 9}]},
     ]
     path = write_rows(tmp_path / "d.jsonl", rows * 3)
-    shown = preview(
-        tokenizer, Source(path=path, filename="d.jsonl"), seq_len_for=lambda packed: 8, rows=2
-    )
+    shown = preview(Source(path=path, filename="d.jsonl"), tokens_of(tokenizer), rows=2)
     assert [row["row"] for row in shown] == [1, 2]
     first, second = shown
     assert first["tokens"] == ["w0", "a", "b", "<eos>", "w1", "c", "d", "<eos>"]
@@ -166,7 +169,7 @@ def test_a_text_goes_on_and_what_begins_a_sequence_is_no_label(
 ) -> None:
     path = write_rows(tmp_path / "d.jsonl", [{"text": "a " * 16}])
     source = Source(path=path, filename="d.jsonl")
-    spans = preview(tokenizer, source, seq_len_for=lambda packed: 8, packing=packing)[0]["spans"]
+    spans = preview(source, tokens_of(tokenizer, packing))[0]["spans"]
     kinds = [span["kind"] for span in spans for _ in range(span["start"], span["end"])]
     assert [i for i, kind in enumerate(kinds) if kind == "masked"] == masked
     assert kinds.count("truncated") == 17 - kept
@@ -176,7 +179,7 @@ def test_a_text_goes_on_and_what_begins_a_sequence_is_no_label(
 def test_the_rows_of_a_preview_are_bounded(tmp_path: Path, tokenizer: Any, rows: Any) -> None:
     source = Source(path=tmp_path / "none", filename="d.jsonl")
     with pytest.raises(ConfigError, match="from 1 to 100"):
-        preview(tokenizer, source, seq_len_for=lambda packed: 8, rows=rows)
+        preview(source, tokens_of(tokenizer), rows=rows)
 
 
 def test_the_program_writes_a_preview(tmp_path: Path, model_folder: Path) -> None:
