@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from sat_core.plan.errors import PlanError
-from sat_core.plan.portable import gguf_refusal, pre_tokenizer_of, rope_of
+from sat_core.plan.portable import BYTES, gguf_refusal, piece_scores, pre_tokenizer_of, rope_of
 
 _SUFFIXES = (".weight", ".bias")
 
@@ -134,9 +134,6 @@ def _add_shape(writer: Any, config: dict[str, Any]) -> None:
 
 def _add_tokenizer(gguf: Any, writer: Any, model: Path, size: int) -> None:
     tokenizer = json.loads((model / "tokenizer.json").read_text("utf-8"))
-    known = pre_tokenizer_of(tokenizer)
-    if known is None:
-        raise AssertionError("portable lets only known pre-tokenizers through")
     kinds = gguf.TokenType
     # Rows of the embedding that no token has still need a name.
     tokens, types = [f"[PAD{i}]" for i in range(size)], [kinds.UNUSED] * size
@@ -145,17 +142,39 @@ def _add_tokenizer(gguf: Any, writer: Any, model: Path, size: int) -> None:
     for added in tokenizer.get("added_tokens", []):
         kind = kinds.CONTROL if added["special"] else kinds.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], kind
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(known[0])
+    if tokenizer["model"].get("byte_fallback"):
+        _add_pieces(kinds, writer, tokenizer, tokens, types)
+    elif (known := pre_tokenizer_of(tokenizer)) is not None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(known[0])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = gguf.SpecialVocab(model, load_merges=True, n_vocab=size)
+    special = gguf.SpecialVocab(
+        model, load_merges=not tokenizer["model"].get("byte_fallback"), n_vocab=size
+    )
     # Said outright, since llama.cpp's own default differs from one pre-tokenizer to the next.
     special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}
     template = model / "chat_template.jinja"
     if special.chat_template is None and template.is_file():
         special.chat_template = template.read_text("utf-8")
     special.add_to_gguf(writer, quiet=True)
+
+
+def _add_pieces(
+    kinds: Any, writer: Any, tokenizer: dict[str, Any], tokens: list[str], types: list[Any]
+) -> None:
+    """SentencePiece's kind of vocabulary: scores instead of merges, and bytes that are told as such."""
+    scores = piece_scores(tokenizer) or {}
+    for number, text in enumerate(tokens):
+        if types[number] is kinds.NORMAL and text in BYTES:
+            types[number] = kinds.BYTE
+        elif text == tokenizer["model"].get("unk_token"):
+            types[number] = kinds.UNKNOWN
+    lowest = min(scores.values(), default=0.0) - 1
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([scores.get(text, lowest) for text in tokens])
+    writer.add_add_space_prefix(True)
 
 
 def _head_dim(config: dict[str, Any]) -> int:

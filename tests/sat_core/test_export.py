@@ -257,7 +257,7 @@ def test_what_gguf_cannot_say_is_refused_by_name(tmp_path: Path) -> None:
         ("tokenizer.json", ["normalizer"], {"type": "NFC"}, "NFC"),
         ("tokenizer.json", ["pre_tokenizer", "add_prefix_space"], True, "pre-tokenizer"),
         ("tokenizer.json", ["pre_tokenizer"], {"type": "Whitespace"}, "pre-tokenizer"),
-        ("tokenizer.json", ["model", "byte_fallback"], True, "byte-level"),
+        ("tokenizer.json", ["model", "byte_fallback"], True, "mark spaces"),
         ("tokenizer.json", ["model", "ignore_merges"], True, "ignore_merges"),
         ("tokenizer.json", ["post_processor"], {"type": "RobertaProcessing"}, "Roberta"),
     ],
