@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api import errors
+from api.chats import Chats
 from api.auth import session_secret
 from api.dashboard import pages
 from api.deps import Services
@@ -26,6 +27,7 @@ from api.limiter import Limiter
 from api.queueing import Queueing
 from api.routes import (
     after,
+    chat,
     datasets,
     estimates,
     exports,
@@ -67,6 +69,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         together = Together()
         _forget_stale_uploads(artifacts.files)
         app.state.services = Services(
+        queueing = Queueing(store, chosen)
+        chats = Chats(store, bell, queueing)
             settings=chosen,
             store=store,
             artifacts=artifacts,
@@ -74,11 +78,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             session_secret=session_secret(chosen.data_dir),
             limiter=Limiter(chosen.broker_url),
             followers=Followers(store, streams_per_key=chosen.streams_per_key),
-            queueing=Queueing(store, chosen),
+            queueing=queueing,
             together=together,
         )
+            chats=chats,
         yield
         together.close()
+        await chats.close()
         engine.dispose()
 
     app = FastAPI(
@@ -109,6 +115,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         models.router,
         organization.router,
         limits.router,
+        chat.router,
         webhooks.router,
         health.router,
     ):

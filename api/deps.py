@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from api.chats import Chats
 from api.followers import Followers
 from api.limiter import Limiter
 from api.queueing import Queueing
@@ -30,6 +31,7 @@ class Services:
     followers: Followers
     queueing: Queueing
     together: Together
+    chats: Chats
 
     def model_path(self, project: str, name: str) -> Path | None:
         """Folder of the result `name`, or None where it was deleted."""

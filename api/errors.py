@@ -44,6 +44,7 @@ ERRORS: dict[str, ErrorSpec] = {
     "unknown_model": ErrorSpec(400, "The model does not exist"),
     "format_not_supported": ErrorSpec(400, "The model cannot be written in that format"),
     "model_unsupported": ErrorSpec(400, "The model cannot be trained"),
+    "context_length_exceeded": ErrorSpec(400, "The model's context is too short for this"),
     "dataset_invalid": ErrorSpec(400, "The data set is not usable"),
     "unsupported_purpose": ErrorSpec(400, "The purpose is not supported"),
     "parts_mismatch": ErrorSpec(400, "The parts do not make the file that was announced"),
@@ -101,6 +102,8 @@ ERRORS: dict[str, ErrorSpec] = {
 }
 
 # Codes of the framework's own answers, by status.
+    "model_loading": ErrorSpec(503, "The model is being loaded", "server_error"),
+    "gpu_busy": ErrorSpec(503, "No slot is free for the model", "server_error"),
 _BY_STATUS = {
     400: "invalid_request",
     404: "not_found",

@@ -77,7 +77,7 @@ class Followers:
             raise ApiError(
                 "too_many_streams",
                 f"This key has {self._seats[key_id]} streams open, as many as it may "
-                "(SATUNE_STREAMS_PER_KEY); close one, or poll with wait and version.",
+                "(SATUNE_STREAMS_PER_KEY); close one; a job can be polled with wait and version.",
                 headers={"retry-after": "5"},
             )
         self._seats[key_id] += 1

@@ -9,8 +9,7 @@ whose heartbeats end with a blank line and break that client.
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -32,15 +31,15 @@ _NAMES = {"state": "status", "evaluation": "metrics", "checkpoint": "checkpoint"
 
 
 class EventStream(StreamingResponse):
-    """A stream; `closed` is called when it ends, whoever ended it."""
+    """A stream; `closed` is awaited when it ends, whoever ended it."""
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, content: AsyncIterator[str], status_code: int = 200, *, closed: Callable[[], Any]
+        self, content: AsyncIterator[str], *, closed: Callable[[], Awaitable[None]]
     ) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(content, status_code, headers=headers)
+        super().__init__(content, headers=headers)
         self._closed = closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +47,7 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._closed()
+            await self._closed()
 
 
 async def blocks(followers: Followers, project: str, job_id: str, after: int) -> AsyncIterator[str]:

@@ -4,8 +4,9 @@ A chore is asked for by what it is about: (project, kind, subject, params) names
 and its result is kept until its subject goes. The rules are those of jobs: the row is the truth and the bell only wakes, a
 claim raises `attempt` and takes a lease that is judged by observation, every later write carries attempt and owner in its
 WHERE. What differs is the end: a child that crashes fails its chore at once, because its input is a stranger's and the
-next try would crash too; only a lost worker is tried again. The road not taken is a job of another kind: jobs have
-events, checkpoints, pauses and a GPU, and none of that is wanted here.
+next try would crash too; only a lost worker is tried again. A chat is the chore that does not end by itself: while a
+model answers, its row's `result` says where, and the row goes with it. The road not taken is a job of another kind:
+jobs have events, checkpoints and pauses, and none of that is wanted here.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from jobs.states import ChoreStatus
 from jobs.transactions import Transactions
 
 CHORE_PREFIX = "chore_"
+# The kind whose work is a model that answers. It takes a slot of those that train; all other kinds take a CPU slot.
+CHAT = "chat"
 # A failure is an answer too, but one that may be out of date: asked for again after this, the work is tried again.
 RETRY_FAILED_SECONDS = 30
 MAX_WAITING = 200
@@ -150,12 +153,23 @@ class Chores(Transactions):
             for row in session.scalars(query):
                 session.delete(row)
 
-    def claim_chore(self, worker_id: str) -> ChoreRecord | None:
-        """Take the oldest waiting chore; None where there is none."""
+    def withdraw_chore(self, project: str, chore_id: str) -> None:
+        """Drop one that nobody has begun with."""
+        with self.writing() as session:
+            session.execute(
+                delete(ChoreRow).where(
+                    ChoreRow.project == project,
+                    ChoreRow.id == chore_id,
+                    ChoreRow.status == ChoreStatus.WAITING,
+                )
+            )
+
+    def claim_chore(self, worker_id: str, *, chat: bool = False) -> ChoreRecord | None:
+        """Take the oldest waiting chat, or else chore; None where there is none."""
         with self.writing() as session:
             query = (
                 select(ChoreRow)
-                .where(ChoreRow.status == ChoreStatus.WAITING)
+                .where(ChoreRow.status == ChoreStatus.WAITING, (ChoreRow.kind == CHAT) == chat)
                 .order_by(ChoreRow.seq)
                 .limit(1)
             )
@@ -171,6 +185,11 @@ class Chores(Transactions):
         """Renew the lease. Raises LeaseLost."""
         with self.writing() as session:
             _fenced(session, claim)
+
+    def publish_chore(self, claim: ChoreRecord, result: dict[str, Any]) -> None:
+        """What is to be known while the work goes on. Raises LeaseLost."""
+        with self.writing() as session:
+            _fenced(session, claim).result = result
 
     def finish_chore(self, claim: ChoreRecord, result: dict[str, Any]) -> None:
         """The chore is done, with this result. Raises LeaseLost."""
@@ -212,6 +231,10 @@ class Chores(Transactions):
             row = session.scalar(select(ChoreRow).where(*fence).with_for_update())
             if row is None:
                 return False
+            if row.kind == CHAT:
+                # Whoever still asks for it asks anew.
+                session.delete(row)
+                return True
             row.failures += 1
             row.status, row.owner = ChoreStatus.WAITING, None
             if row.failures >= max_failures:
@@ -220,10 +243,12 @@ class Chores(Transactions):
                 _end(row, ChoreStatus.FAILED, error=error)
             return True
 
-    def chores_waiting(self) -> int:
-        """Chores that could be claimed now."""
+    def chores_waiting(self, kind: str | None = None) -> int:
+        """Chores that could be claimed now, all or those of a kind."""
         with self.reading() as session:
             query = select(func.count()).where(ChoreRow.status == ChoreStatus.WAITING)
+            if kind is not None:
+                query = query.where(ChoreRow.kind == kind)
             return session.scalar(query) or 0
 
 

@@ -71,6 +71,14 @@ class Settings(BaseSettings):
         1, ge=0, description="Wait before a crashed job is tried again; doubles each time."
     )
     cpu_slots: int = Field(1, ge=1, description="Jobs prepared at the same time.")
+    chat_host: str = Field(
+        "127.0.0.1",
+        description="Address on which models that answer listen; 0.0.0.0 where the API runs on another host, "
+        "which then reaches them by this host's name.",
+    )
+    chat_idle_seconds: float = Field(
+        300, gt=0, description="A model that nobody asks for so long is unloaded."
+    )
     max_failures: int = Field(
         3, ge=1, description="Crashes and lost workers after which a job fails."
     )

@@ -1,4 +1,4 @@
-"""`python -P -m sat_core prepare|preview|validate|train|export RUN_FOLDER`: the core as a program.
+"""`python -P -m sat_core prepare|preview|validate|train|export|chat RUN_FOLDER`: the core as a program.
 
 It reads RUN_FOLDER/config.json and writes nothing outside that folder but the shared corpus. Exit codes: 0 done, 10 stopped
 on SIGTERM with a checkpoint written, 20 failed for a reason that the last event tells; anything else is a crash. Under `torchrun` every rank runs this; the first one tells.
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sat_core", description="Sparsity-Accelerated Training of one model."
     )
-    parser.add_argument("command", choices=["prepare", "preview", "validate", "train", "export"])
+    commands = ["prepare", "preview", "validate", "train", "export", "chat"]
+    parser.add_argument("command", choices=commands)
     parser.add_argument("folder", type=Path, help="run folder that holds config.json")
     parser.add_argument("--lifeline", action="store_true", help="exit when standard input closes")
     args = parser.parse_args(argv)
@@ -68,6 +69,11 @@ def _run(command: str, folder: Path, events: EventLog, stopping: Callable[[], bo
         from sat_core.export import export
 
         export(folder, config, events)
+        return DONE
+    if command == "chat":
+        from sat_core.chat import chat
+
+        chat(config, events)
         return DONE
     if command != "train":
         from sat_core.data import program

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,6 +70,9 @@ def compile_layers(layers: list[nn.Module], backend: str = "inductor") -> None:
     A stage of the ladder brings new widths and so new graphs, at most the grid's for both kinds of units; inside a stage
     nothing is compiled again. Where torch would give up and go on uncompiled with a warning, it fails instead.
     """
+    # Loaded here, for it takes as long as torch itself, and what does not compile has no use for it.
+    import torch._dynamo
+
     torch._dynamo.config.recompile_limit = max(
         torch._dynamo.config.recompile_limit, 4 * (len(GRID) + 2) ** 2
     )

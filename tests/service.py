@@ -31,6 +31,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "sweep_seconds",
         "retry_seconds",
         "grace_seconds",
+        "chat_idle_seconds",
     )
     values = {f"SATUNE_{name.upper()}": str(getattr(settings, name)) for name in names}
     values |= {

@@ -1,5 +1,7 @@
 """Everything one worker does on one host: look for jobs, run them in slots, look after the jobs of others, and send webhooks.
 
+Models that answer (`worker.chats`) stand in slots that no job wants: one leaves as soon as a job waits and no slot is free.
+
 Looking is cheap and harmless in any number, so it happens at every bell and, because bells may be lost, every few seconds
 besides: a job starts within one sweep even where no message ever arrives.
 """
@@ -12,12 +14,15 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
+from typing import TypeAlias
 
+from jobs.chores import CHAT
 from jobs.errors import StoreUnavailable
 from jobs.queue import Bell
 from jobs.settings import Settings
 from jobs.states import Stage
 from jobs.store import Store
+from worker.chats import ChatRunner
 from worker.child import CORE
 from worker.chores import ChoreRunner
 from worker.janitor import Janitor
@@ -28,6 +33,8 @@ from worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
+
+Work: TypeAlias = Runner | ChoreRunner | ChatRunner
 
 class Host:
     """A worker process."""
@@ -42,7 +49,7 @@ class Host:
         self._sweeper = Sweeper(settings, store, bell)
         self._janitor = Janitor(settings, store)
         self._postman = Postman(settings, store, self.stopping)
-        self._runs: list[threading.Thread] = []
+        self._runs: dict[threading.Thread, Work] = {}
         self._job_is_next = False
         self._lock = threading.Lock()
         self._clock = threading.Thread(target=self._tick, name="sweeper", daemon=True)
@@ -72,15 +79,17 @@ class Host:
                     break
                 self._launch(work, slot)
 
-    def _claim(self, slot: Slot) -> Runner | ChoreRunner | None:
-        """Work for a slot. Jobs and chores share the CPU slots by turns, so that neither starves."""
-        turns: list[Callable[[Slot], Runner | ChoreRunner | None]] = [self._claim_job]
+    def _claim(self, slot: Slot) -> Work | None:
+        """Work for a slot. Jobs and chores share the CPU slots by turns, so that neither starves; chats come last."""
+        turns: list[Callable[[Slot], Work | None]] = [self._claim_job]
         if slot.stage is Stage.PREPARE:
             turns.insert(int(self._job_is_next), self._claim_chore)
         try:
             for turn in turns:
                 if work := turn(slot):
                     self._job_is_next = isinstance(work, ChoreRunner)
+        else:
+            turns.append(self._claim_chat)
                     return work
         except StoreUnavailable as error:
             log.warning("%s", error)
@@ -100,7 +109,26 @@ class Host:
             return None
         return ChoreRunner(self.settings, self.store, claim, self.stopping, program=self.program)
 
-    def _launch(self, work: Runner | ChoreRunner, slot: Slot) -> None:
+    def _claim_chat(self, slot: Slot) -> ChatRunner | None:
+        claim = self.store.claim_chore(self.id, chat=True)
+        if claim is None:
+            return None
+        return ChatRunner(
+            self.settings, self.store, claim, slot.devices, self.stopping, program=self.program
+        )
+
+    def _make_room(self) -> None:
+        """Ask a chat to leave: any for a job that waits, one that nobody talks to for another chat."""
+        chats = [work for work in list(self._runs.values()) if isinstance(work, ChatRunner)]
+        if not chats or any(c.leaving.is_set() for c in chats) or self.slots.free(Stage.TRAIN):
+            return
+        longest = max(chats, key=lambda chat: chat.idle_seconds)
+        if self.store.slot_wanted(Stage.TRAIN) or (
+            longest.idle_seconds and self.store.chores_waiting(CHAT)
+        ):
+            longest.leaving.set()
+
+    def _launch(self, work: Work, slot: Slot) -> None:
         name = work.folder.parent.name
 
         def attend() -> None:
@@ -112,12 +140,12 @@ class Host:
             finally:
                 self.slots.give(slot)
                 with self._lock:
-                    self._runs.remove(thread)
+                    del self._runs[thread]
             self.look()
 
         thread = threading.Thread(target=attend, name=name, daemon=True)
         with self._lock:
-            self._runs.append(thread)
+            self._runs[thread] = work
         thread.start()
 
     def _tick(self) -> None:
@@ -133,6 +161,7 @@ class Host:
     def _register(self) -> None:
         self.store.register_worker(
             self.id, hostname=socket.gethostname(), pid=os.getpid(), slots=self.slots.total
+            self._quietly(self._make_room)
         )
 
     def _quietly(self, action: Callable[[], object]) -> bool:

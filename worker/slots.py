@@ -44,6 +44,11 @@ class Slots:
                 self._free.remove(found)
             return found
 
+    def free(self, stage: Stage) -> bool:
+        """Whether a slot of the stage is free."""
+        with self._lock:
+            return any(slot.stage is stage for slot in self._free)
+
     def give(self, slot: Slot) -> None:
         """Put a slot back."""
         with self._lock:

@@ -1,6 +1,6 @@
 """`/v1/fine_tuning/jobs/{id}/...` while a job runs and after: events, their stream, metrics, checkpoints and their pins."""
 
-from functools import partial
+from contextlib import AsyncExitStack
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Response
@@ -82,10 +82,9 @@ async def stream_job(
     cursor = last_event_id or after
     number = await run_in_threadpool(app.store.event_number, job_id, cursor) if cursor else 0
     app.followers.take_seat(key.id)
-    return EventStream(
-        blocks(app.followers, key.project, job_id, number),
-        closed=partial(app.followers.leave_seat, key.id),
-    )
+    stack = AsyncExitStack()
+    stack.callback(app.followers.leave_seat, key.id)
+    return EventStream(blocks(app.followers, key.project, job_id, number), closed=stack.aclose)
 
 
 @router.get(

@@ -22,14 +22,19 @@ async def read(request: Request, kind: type[B]) -> tuple[B, dict[str, Any]]:
     headers = request.headers
     empty = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
     body = {} if empty else await json_object(request)
+    return checked(body, kind), body
+
+
+def checked(body: dict[str, Any], kind: type[B]) -> B:
+    """The body as `kind`. Raises ApiError."""
     refuse_unknown(list(body), list(kind.model_fields))
     try:
-        return kind.model_validate(body), body
+        return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"])
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-        got = "" if code.startswith("missing") else f"; got {first['input']!r}"
+        got = "" if code.startswith("missing") else f"; got {first['input']!r:.200}"
         raise ApiError(code, f"{param}: {first['msg']}{got}.", param) from error
 
 

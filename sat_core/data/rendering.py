@@ -76,12 +76,24 @@ class Renderer:
         ids = self._with_end(rendered.ids)
         return Rendered(ids, rendered.trained + [True] * (len(ids) - len(rendered.ids)))
 
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant would speak.
+
+        Raises:
+            DataError: where the chat template fails, or writes without bound.
+        """
+        messages = self._known_roles(messages)
+        text = self._apply(messages, None, self._bound(messages, None), prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _known_roles(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self._knows_developer:
+            return messages
+        return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+
     def _conversation(self, content: Conversation) -> Rendered:
         messages, trained, tools = content
-        if not self._knows_developer:
-            messages = [
-                {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
-            ]
+        messages = self._known_roles(messages)
         bound = self._bound(messages, tools)
         whole = self._apply(messages, tools, bound)
         for call in (c["function"]["name"] for m in messages for c in m.get("tool_calls", ())):
