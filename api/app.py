@@ -15,8 +15,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api import errors
-from api.chats import Chats
 from api.auth import session_secret
+from api.chats import Chats
 from api.dashboard import pages
 from api.deps import Services
 from api.drafts import PARTIAL
@@ -68,9 +68,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         artifacts = Artifacts.from_settings(chosen)
         together = Together()
         _forget_stale_uploads(artifacts.files)
-        app.state.services = Services(
         queueing = Queueing(store, chosen)
         chats = Chats(store, bell, queueing)
+        app.state.services = Services(
             settings=chosen,
             store=store,
             artifacts=artifacts,
@@ -80,11 +80,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             followers=Followers(store, streams_per_key=chosen.streams_per_key),
             queueing=queueing,
             together=together,
-        )
             chats=chats,
+        )
         yield
-        together.close()
         await chats.close()
+        together.close()
         engine.dispose()
 
     app = FastAPI(
@@ -113,9 +113,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         queue.router,
         sat.router,
         models.router,
+        chat.router,
         organization.router,
         limits.router,
-        chat.router,
         webhooks.router,
         health.router,
     ):

@@ -42,9 +42,9 @@ ERRORS: dict[str, ErrorSpec] = {
     "unsupported_parameter": ErrorSpec(400, "A parameter is not supported"),
     "conflicting_parameters": ErrorSpec(400, "Parameters contradict each other"),
     "unknown_model": ErrorSpec(400, "The model does not exist"),
+    "context_length_exceeded": ErrorSpec(400, "The model's context is too short for this"),
     "format_not_supported": ErrorSpec(400, "The model cannot be written in that format"),
     "model_unsupported": ErrorSpec(400, "The model cannot be trained"),
-    "context_length_exceeded": ErrorSpec(400, "The model's context is too short for this"),
     "dataset_invalid": ErrorSpec(400, "The data set is not usable"),
     "unsupported_purpose": ErrorSpec(400, "The purpose is not supported"),
     "parts_mismatch": ErrorSpec(400, "The parts do not make the file that was announced"),
@@ -99,11 +99,11 @@ ERRORS: dict[str, ErrorSpec] = {
     "storage_quota_exceeded": ErrorSpec(429, "The storage is full", "rate_limit_error"),
     "internal_error": ErrorSpec(500, "The service has failed", "server_error"),
     "not_ready": ErrorSpec(503, "The service is not ready", "server_error"),
+    "model_loading": ErrorSpec(503, "The model is being loaded", "server_error"),
+    "gpu_busy": ErrorSpec(503, "No slot is free for the model", "server_error"),
 }
 
 # Codes of the framework's own answers, by status.
-    "model_loading": ErrorSpec(503, "The model is being loaded", "server_error"),
-    "gpu_busy": ErrorSpec(503, "No slot is free for the model", "server_error"),
 _BY_STATUS = {
     400: "invalid_request",
     404: "not_found",

@@ -33,8 +33,8 @@ from worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
-
 Work: TypeAlias = Runner | ChoreRunner | ChatRunner
+
 
 class Host:
     """A worker process."""
@@ -84,12 +84,12 @@ class Host:
         turns: list[Callable[[Slot], Work | None]] = [self._claim_job]
         if slot.stage is Stage.PREPARE:
             turns.insert(int(self._job_is_next), self._claim_chore)
+        else:
+            turns.append(self._claim_chat)
         try:
             for turn in turns:
                 if work := turn(slot):
                     self._job_is_next = isinstance(work, ChoreRunner)
-        else:
-            turns.append(self._claim_chat)
                     return work
         except StoreUnavailable as error:
             log.warning("%s", error)
@@ -157,11 +157,11 @@ class Host:
             self._quietly(self._sweeper.sweep)
             self._quietly(self._janitor.tidy)
             self.look()
+            self._quietly(self._make_room)
 
     def _register(self) -> None:
         self.store.register_worker(
             self.id, hostname=socket.gethostname(), pid=os.getpid(), slots=self.slots.total
-            self._quietly(self._make_room)
         )
 
     def _quietly(self, action: Callable[[], object]) -> bool:
