@@ -44,6 +44,7 @@ SCOPES: tuple[tuple[str, str | None, str], ...] = (
     ("/v1/chat", "inference", "inference"),
     ("/v1/sat", "jobs:read", "jobs:read"),
     ("/v1/sat/limits", None, ADMIN),
+    ("/v1/sat/secrets", "jobs:read", "jobs:write"),
     ("/v1/webhook_endpoints", "jobs:read", "jobs:write"),
     ("/v1/webhook_event_types", None, ADMIN),
 )

@@ -68,6 +68,7 @@ ERRORS: dict[str, ErrorSpec] = {
     "file_not_found": ErrorSpec(404, "No such file"),
     "upload_not_found": ErrorSpec(404, "No such upload"),
     "estimate_not_found": ErrorSpec(404, "No such estimate"),
+    "secret_not_found": ErrorSpec(404, "No such secret"),
     "model_not_found": ErrorSpec(404, "No such model"),
     "project_not_found": ErrorSpec(404, "No such project"),
     "service_account_not_found": ErrorSpec(404, "No such service account"),

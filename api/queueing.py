@@ -38,11 +38,12 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The queue at one moment; `slots` counts those of living workers."""
+    """The queue at one moment; `slots` and `integrations` are those of living workers."""
 
     lines: dict[Stage, Line]
     slots: dict[Stage, int]
     workers: int
+    integrations: frozenset[str]
     taken_at: float
 
 
@@ -64,6 +65,7 @@ class Queueing:
                     lines=self._store.lines(),
                     slots={s: sum(w.slots.get(s.value, 0) for w in alive) for s in Stage},
                     workers=len(alive),
+                    integrations=frozenset(t for w in alive for t in w.integrations or ()),
                     taken_at=time.monotonic(),
                 )
             return self._last

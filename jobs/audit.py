@@ -18,7 +18,14 @@ from sqlalchemy.orm import Session
 
 from jobs.models import FileRow, JobRow, ModelRow
 from jobs.spec import new_id
-from jobs.tenant_models import AuditRow, KeyRow, ProjectRow, ServiceAccountRow, WebhookRow
+from jobs.tenant_models import (
+    AuditRow,
+    KeyRow,
+    ProjectRow,
+    SecretRow,
+    ServiceAccountRow,
+    WebhookRow,
+)
 
 # What is audited, and the first half of an entry's type: `api_key.created`.
 NOUNS: dict[type[Any], str] = {
@@ -27,6 +34,7 @@ NOUNS: dict[type[Any], str] = {
     KeyRow: "api_key",
     ModelRow: "model",
     ProjectRow: "project",
+    SecretRow: "secret",
     ServiceAccountRow: "service_account",
     WebhookRow: "webhook_endpoint",
 }

@@ -171,7 +171,8 @@ class IntegrationRow(Base):
     type: Mapped[str] = mapped_column(String(16))
     status: Mapped[str] = mapped_column(String(8))
     step: Mapped[int] = mapped_column(default=-1)
-    url: Mapped[str | None] = mapped_column(Text)
+    # Its run there, by URL where there is one.
+    run: Mapped[str | None] = mapped_column(Text)
     error: Mapped[str | None] = mapped_column(Text)
     failures: Mapped[int] = mapped_column(default=0)
     owner: Mapped[str | None] = mapped_column(String(40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from sqlalchemy import select, update
 
@@ -16,9 +17,15 @@ class Roster(Transactions):
     """Workers of the store."""
 
     def register_worker(
-        self, worker_id: str, *, hostname: str, pid: int, slots: dict[str, int]
+        self,
+        worker_id: str,
+        *,
+        hostname: str,
+        pid: int,
+        slots: dict[str, int],
+        integrations: Sequence[str] = (),
     ) -> None:
-        """Tell of a worker that starts."""
+        """Tell of a worker that starts, and of the trackers that it can send to."""
         now = time.time()
         with self.writing() as session:
             session.add(
@@ -27,6 +34,7 @@ class Roster(Transactions):
                     hostname=hostname,
                     pid=pid,
                     slots=slots,
+                    integrations=list(integrations),
                     started_at=now,
                     beat_at=now,
                 )

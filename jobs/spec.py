@@ -203,6 +203,7 @@ class NewJob:
     suffix: str | None = None
     seed: int | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    integrations: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +234,7 @@ class JobRecord:
     suffix: str | None
     seed: int | None
     metadata: dict[str, str]
+    integrations: list[dict[str, Any]] | None
     error: dict[str, Any] | None
     fine_tuned_model: str | None
     trained_tokens: int | None
@@ -301,6 +303,7 @@ class WorkerRecord:
     hostname: str
     pid: int
     slots: dict[str, Any]
+    integrations: list[str] | None
     started_at: float
     beat_at: float
     beat_seq: int

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from jobs.chores import Chores
 from jobs.errors import LeaseLost
+from jobs.integrations import Integrations, add_integrations
 from jobs.library import Library, file_row, lock_content, record_of
 from jobs.measures import Measures
 from jobs.models import AttemptRow, CheckpointRow, JobRow, ModelRow
@@ -30,6 +31,7 @@ from jobs.receipts import Receipt, Receipts, keep
 from jobs.recording import add_event, apply
 from jobs.reports import Reports
 from jobs.roster import Roster
+from jobs.secrets import Secrets
 from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewFile, NewJob, new_id
 from jobs.states import HELD, WAITING, Desired, Stage, Status
 from jobs.tenants import Tenants
@@ -55,6 +57,8 @@ class Store(
     Waiting,
     Uploads,
     Quotes,
+    Integrations,
+    Secrets,
 ):
     """The job store. One method is one transaction."""
 
@@ -79,6 +83,7 @@ class Store(
                 validation_file=new.validation_file,
                 tags=new.metadata,
                 request=new.request,
+                integrations=list(new.integrations),
                 status=Status.VALIDATING_FILES,
                 detail_state="waiting_for_worker",
                 detail_message="Waiting for a worker to read the files",
@@ -87,6 +92,7 @@ class Store(
             )
             session.add(row)
             session.flush()
+            add_integrations(session, row)
             add_event(
                 session, row.id, "Job accepted", data={"state": row.detail_state}, created_at=now
             )

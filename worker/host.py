@@ -25,6 +25,7 @@ from jobs.store import Store
 from worker.chats import ChatRunner
 from worker.child import CORE
 from worker.chores import ChoreRunner
+from worker.herald import Herald
 from worker.janitor import Janitor
 from worker.postman import Postman
 from worker.runner import Runner
@@ -49,6 +50,7 @@ class Host:
         self._sweeper = Sweeper(settings, store, bell)
         self._janitor = Janitor(settings, store)
         self._postman = Postman(settings, store, self.stopping)
+        self._herald = Herald(settings, store, self.stopping)
         self._runs: dict[threading.Thread, Work] = {}
         self._job_is_next = False
         self._lock = threading.Lock()
@@ -61,12 +63,14 @@ class Host:
         )
         self._clock.start()
         self._postman.start()
+        self._herald.start()
 
     def stop(self) -> None:
         """Ask every child for a checkpoint, give the jobs back, wait for that."""
         self.stopping.set()
         for thread in list(self._runs):
             thread.join(self.settings.grace_seconds + 5)
+        self._herald.stop()
         self._quietly(lambda: self.store.forget_worker(self.id))
 
     def look(self) -> None:
@@ -161,7 +165,11 @@ class Host:
 
     def _register(self) -> None:
         self.store.register_worker(
-            self.id, hostname=socket.gethostname(), pid=os.getpid(), slots=self.slots.total
+            self.id,
+            hostname=socket.gethostname(),
+            pid=os.getpid(),
+            slots=self.slots.total,
+            integrations=self._herald.types,
         )
 
     def _quietly(self, action: Callable[[], object]) -> bool:

@@ -91,6 +91,7 @@ def create_body(job: JobRecord, *, by_method: bool) -> dict[str, Any]:
         "validation_file": job.validation_file,
         "suffix": job.suffix,
         "metadata": job.metadata,
+        "integrations": job.integrations,
     }
 
 

@@ -71,9 +71,25 @@ def start_job(app: Services, project: str, create: CreateJob, receipt: Receipt) 
         suffix=create.suffix,
         seed=create.run.seed,
         metadata=create.metadata,
+        integrations=create.integrations,
     )
     refuse_unusable(app, project, create)
+    _refuse_unreachable(app, create)
     return app.store.create_job(project, new, receipt)
+
+
+def _refuse_unreachable(app: Services, create: CreateJob) -> None:
+    """Refuse a tracker that no living worker has the library for; where no worker lives, that is not known."""
+    seen = app.queueing.snapshot()
+    for number, entry in enumerate(create.integrations):
+        if seen.workers and entry["type"] not in seen.integrations:
+            has = ", ".join(sorted(seen.integrations)) or "none"
+            raise ApiError(
+                "unsupported_parameter",
+                f"integrations.{number}.type is {entry['type']!r}, whose library no worker has (they have: {has}). "
+                "Install it where the workers run: pip install mlflow-skinny tensorboard wandb.",
+                f"integrations.{number}.type",
+            )
 
 
 @router.get(

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import Request
 
 from api.errors import ApiError, refuse_unknown
+from api.schemas.integrations import check_integrations, integrations_schema
 from sat_core.plan.request import RunRequest, sat_json_schema
 
 MAX_BODY_BYTES = 1 << 20
@@ -53,6 +54,7 @@ class CreateJob:
     validation_file: str | None
     suffix: str | None
     metadata: dict[str, str]
+    integrations: tuple[dict[str, Any], ...]
     fingerprint: str
 
 
@@ -78,8 +80,6 @@ def check(body: dict[str, Any]) -> CreateJob:
     for name in ("model", "training_file"):
         if body.get(name) is None:
             raise ApiError("missing_required_parameter", f"{name} is missing.", name)
-    if body.get("integrations"):
-        raise ApiError("unsupported_parameter", "integrations are not supported.", "integrations")
     named = ("model", "seed", "method", "hyperparameters", "sat")
     run = RunRequest.from_dict({name: body[name] for name in named if body.get(name) is not None})
     return CreateJob(
@@ -88,6 +88,7 @@ def check(body: dict[str, Any]) -> CreateJob:
         validation_file=_text(body, "validation_file", 64),
         suffix=_suffix(body),
         metadata=_metadata(body.get("metadata")),
+        integrations=check_integrations(body.get("integrations")),
         fingerprint=hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),
     )
 
@@ -169,6 +170,7 @@ def openapi_body() -> dict[str, Any]:
         "metadata": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
         "method": method,
         "hyperparameters": hyper | {"deprecated": True},
+        "integrations": integrations_schema(),
         "sat": sat_json_schema(),
     }
     schema = {

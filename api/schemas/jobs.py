@@ -128,6 +128,8 @@ class FineTuningJob(BaseModel):
             model=job.model,
             organization_id=job.project,
             result_files=[job.result_file] if job.result_file else [],
+            # Clients that check every answer know no other type; all stand in .../integrations.
+            integrations=[i for i in job.integrations or [] if i["type"] == "wandb"],
             seed=job.seed or 0,
             status="queued" if strict and job.status == "paused" else job.status,
             trained_tokens=job.trained_tokens,

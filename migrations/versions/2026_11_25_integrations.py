@@ -20,7 +20,7 @@ def upgrade() -> None:
         sa.Column("type", sa.String(length=16), nullable=False),
         sa.Column("status", sa.String(length=8), nullable=False),
         sa.Column("step", sa.BigInteger(), nullable=False),
-        sa.Column("url", sa.Text(), nullable=True),
+        sa.Column("run", sa.Text(), nullable=True),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("failures", sa.BigInteger(), nullable=False),
         sa.Column("owner", sa.String(length=40), nullable=True),

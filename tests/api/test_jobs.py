@@ -48,7 +48,7 @@ JOBS = "/v1/fine_tuning/jobs"
             "method.type",
             "supervised",
         ),
-        ({"integrations": [{"type": "wandb"}]}, "unsupported_parameter", "integrations", ""),
+        ({"integrations": {"type": "wandb"}}, "invalid_value", "integrations", "a list"),
         ({"model": "local/none"}, "unknown_model", "model", "local/tiny"),
         ({"model": "gpt-4o"}, "unknown_model", "model", "local/tiny"),
         ({"model": "local/../tiny"}, "unknown_model", "model", "local/"),
