@@ -11,8 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from cli.client import USAGE, Client, CliError, Connection
-from cli.console import say
+from cli.console import err, say
 
 FILE_ID = re.compile(r"file-[0-9A-Za-z]+")
 # A weight of a mixed file that makes both files be read once.
@@ -69,7 +71,8 @@ def uploaded(client: Client, body: dict[str, Any], folder: Path) -> Iterator[dic
                 continue
             path = _found(str(place[name]), folder)
             if path not in sent:
-                sent[path] = file = client.upload(path)
+                with err.status(f"Sending {escape(str(path))}"):
+                    sent[path] = file = client.upload(path)
                 rows = "its rows" if file["rows"] is None else f"{file['rows']:,} rows"
                 say(f"{path} uploaded: {rows} of format {file['format'] or 'not known yet'}")
             place[name] = sent[path]["id"]

@@ -137,7 +137,10 @@ def estimate(
     _put_rates(body, mlp, attention)
     _complete(body)
     client = Client(Connection.find(data_dir))
-    with uploaded(client, body, _beside(file)) as asked:
+    with (
+        uploaded(client, body, _beside(file)) as asked,
+        err.status("A worker counts and measures"),
+    ):
         found = client.estimate(asked)
     if as_json:
         emit(found)
@@ -178,7 +181,8 @@ def validate(
         params = {"model": model, "max_seq_len": max_seq_len}
         given = {name: value for name, value in params.items() if value is not None}
         given |= {"against": sent[1]} if against else {}
-        found = client.validation(sent[0], **given)
+        with err.status("A worker reads the rows"):
+            found = client.validation(sent[0], **given)
     finally:
         for file_id in sent:
             client.delete_file(file_id)
