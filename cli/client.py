@@ -25,11 +25,16 @@ TIMED_OUT, INTERRUPTED = 124, 130
 TERMINAL = {"succeeded": 0, "failed": FAILED, "cancelled": CANCELLED}
 CONNECTION = "connection.json"
 JOBS = "/v1/fine_tuning/jobs"
+CHAT = "/v1/chat/completions"
 # Below the time after which an answer is no longer waited for.
 WAIT_SECONDS = 20
 # Seconds before something is sent again; a server that asks for more patience than the last is not waited for.
 PAUSES = (0.5, 1, 2, 5)
 MAX_PAUSE = 30
+# A model may have to be loaded, and reads a long prompt before it says its first word.
+ANSWER_SECONDS = 600
+# Errors of a server that is there, and cannot do this now.
+_BUSY = ("gpu_busy", "model_loading")
 _LOST = (httpx.ReadError, httpx.WriteError, httpx.ReadTimeout, httpx.RemoteProtocolError)
 _STATUSES = {401: NOT_ALLOWED, 403: NOT_ALLOWED, 404: NOT_FOUND, 409: NOT_NOW, 429: NOT_NOW}
 
@@ -175,12 +180,44 @@ class Client:
                 raise _refusal(response)
             yield response
 
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A model's whole answer, once it is loaded."""
+        return self._send("POST", CHAT, json=body, timeout=ANSWER_SECONDS)
+
+    def pieces(self, body: dict[str, Any]) -> Iterator[str]:
+        """The text of a model's answer, as it is written."""
+        try:
+            with self._stream(CHAT, {**body, "stream": True}) as response:
+                for line in response.iter_lines():
+                    kind, _, data = line.partition(": ")
+                    if kind != "data" or data == "[DONE]":
+                        continue
+                    piece = json.loads(data)
+                    if "error" in piece:
+                        raise CliError(piece["error"]["message"], NOT_NOW)
+                    yield piece["choices"][0]["delta"].get("content") or ""
+        except httpx.HTTPError as error:
+            raise self._away(error) from error
+
     def ready(self) -> bool:
         """Whether the server answers and its database does."""
         try:
             return self._http.get("/readyz", timeout=3).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
+
+    @contextmanager
+    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[httpx.Response]:
+        for pause in (*PAUSES, None):
+            with self._http.stream("POST", path, json=body, timeout=ANSWER_SECONDS) as response:
+                if response.is_success:
+                    yield response
+                    return
+                response.read()
+                asked = _patience(response)
+                if pause is None or asked is None:
+                    raise _refusal(response)
+            time.sleep(max(pause, asked))
 
     def _create(self, path: str, **kwargs: Any) -> dict[str, Any]:
         return self._send("POST", path, headers={"Idempotency-Key": str(uuid.uuid4())}, **kwargs)
@@ -191,10 +228,7 @@ class Client:
                 response = self._http.request(method, path, **kwargs)
             except httpx.HTTPError as error:
                 if pause is None or not isinstance(error, _LOST):
-                    raise CliError(
-                        f"{self.connection.url} does not answer ({error}). Is `satune up` running?",
-                        UNREACHABLE,
-                    ) from error
+                    raise self._away(error) from error
             else:
                 if response.is_success:
                     return self._object(response)
@@ -204,6 +238,10 @@ class Client:
                 pause = max(pause, asked)
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
+
+    def _away(self, error: httpx.HTTPError) -> CliError:
+        message = f"{self.connection.url} does not answer ({error}). Is `satune up` running?"
+        return CliError(message, UNREACHABLE)
 
     def _object(self, response: httpx.Response) -> dict[str, Any]:
         try:
@@ -225,7 +263,9 @@ def _patience(response: httpx.Response) -> float | None:
 
 def _refusal(response: httpx.Response) -> CliError:
     code = _STATUSES.get(response.status_code, USAGE)
-    return CliError(_message(response), UNREACHABLE if response.status_code >= 500 else code)
+    if response.status_code >= 500:
+        code = NOT_NOW if any(f'"{busy}"' in response.text for busy in _BUSY) else UNREACHABLE
+    return CliError(_message(response), code)
 
 
 def _message(response: httpx.Response) -> str:

@@ -10,8 +10,8 @@ import typer
 from rich.markup import escape
 
 from cli import demo as demonstration
-from cli.client import INTERRUPTED, Client, CliError, Connection
-from cli.commands import export, jobs, submit
+from cli.client import FAILED, INTERRUPTED, Client, CliError, Connection
+from cli.commands import chat, export, jobs, submit
 from cli.console import emit, err, out, say
 from cli.doctor import examine
 from cli.options import HERE, DataDir, Json
@@ -90,7 +90,7 @@ def doctor(data_dir: DataDir = HERE, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-for module in (submit, jobs, export):
+for module in (submit, jobs, export, chat):
     app.add_typer(module.app)
 
 
@@ -101,6 +101,9 @@ def main() -> None:
     except CliError as error:
         err.print(f"[red]error[/] {escape(error.message)}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        err.print(f"[red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

@@ -53,7 +53,7 @@ def export(
     A download that was broken off goes on where it was; every file is checked by its hash.
     """
     client = Client(Connection.find(data_dir))
-    body = {"model": _model(client, source), "format": form, "dtype": dtype}
+    body = {"model": model_of(client, source), "format": form, "dtype": dtype}
     with leaving(f"export {source} {form}"):
         made = _made(client, body)
         paths = _paths(made, output)
@@ -94,7 +94,8 @@ def _advance(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
 
 
-def _model(client: Client, source: str) -> str:
+def model_of(client: Client, source: str) -> str:
+    """The name of a model: the result of a job, or what was named. Raises CliError."""
     if not source.startswith("ftjob-"):
         return source
     job = client.job(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 from jobs.db import make_engine
 from jobs.settings import Settings
 from jobs.store import Store
+from tests.cli.running import satune
 from tests.sat_core.tiny import write_model, write_text
 from tests.service import KEY, Worker, api, eventually
 
@@ -104,6 +106,16 @@ def test_the_official_client_talks_to_a_model(running: Running) -> None:
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="holds 64 tokens"):
         ask(running, messages=[{"role": "user", "content": "a " * 80}], stream=True)
+
+    server = {"SATUNE_URL": str(running.http.base_url), "SATUNE_API_KEY": KEY}
+    asked = ("chat", "local/tiny", "a b", "--max-tokens", "8", "--seed", "1")
+    said = satune(*asked, **server)
+    assert (said.returncode, said.stdout) == (0, f"{text}\n"), said.stderr
+    assert json.loads(satune(*asked, "--json", **server).stdout)["usage"]["total_tokens"] == 13
+    none = satune("chat", "local/none", "a", **server)
+    assert (none.returncode, none.stdout) == (4, "")
+    long_one = satune("chat", "local/tiny", "a", "--max-tokens", "99", **server)
+    assert (long_one.returncode, "holds 64 tokens" in long_one.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
