@@ -71,7 +71,7 @@ NOT_NEEDED = frozenset(
         "loss_watchdog_patience", "loss_watchdog_threshold", "low_cpu_mem_usage", "model_type", "output_dir",
         "pad_to_sequence_len", "plugins", "processor_type", "push_dataset_to_hub", "sample_packing_bin_size",
         "sample_packing_group_size", "save_safetensors", "save_strategy", "sdp_attention", "shuffle_merged_datasets",
-        "strict", "tf32", "tokenizer_type", "tokenizer_use_fast", "use_tensorboard", "val_set_size_seed",
+        "strict", "tf32", "tokenizer_type", "tokenizer_use_fast", "val_set_size_seed",
         "wandb_log_model", "wandb_run_id", "wandb_watch", "xformers_attention",
     }
 )  # fmt: skip
@@ -83,9 +83,14 @@ def from_axolotl(found: Mapping[str, Any]) -> Told:
     apply(told, found, RULES, NOT_NEEDED)
     batch(told, found, "micro_batch_size", "gradient_accumulation_steps")
     warmup(told, found)
-    if found.get("wandb_project"):
-        wandb = {name: found[f"wandb_{name}"] for name in WANDB if found.get(f"wandb_{name}")}
-        told.put("integrations", [{"type": "wandb", "wandb": wandb}])
+    wandb = {name: found[f"wandb_{name}"] for name in WANDB if found.get(f"wandb_{name}")}
+    if "project" in wandb:
+        told.track("wandb", wandb)
+    if experiment := found.get("mlflow_experiment_name"):
+        name = found.get("mlflow_run_name")
+        told.track("mlflow", {"experiment": experiment, **({"name": name} if name else {})})
+    if found.get("use_tensorboard"):
+        told.track("tensorboard", {})
     return told
 
 
@@ -163,4 +168,8 @@ RULES: dict[str, Rule] = COMMON | {
     "wandb_project": taken_with_others,
     "wandb_entity": taken_with_others,
     "wandb_name": taken_with_others,
+    "use_tensorboard": taken_with_others,
+    "mlflow_experiment_name": taken_with_others,
+    "mlflow_run_name": taken_with_others,
+    "mlflow_tracking_uri": note("the operator of the service names the address"),
 }

@@ -40,6 +40,9 @@ USUAL_COLUMNS = {
     "system": ("system",),
     "tools": ("tools",),
 }
+# As the trackers of its runs call them.
+PROJECT = "llamafactory"
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 NOT_NEEDED = frozenset(
     {
         "data_shared_file_system", "dataloader_num_workers", "dataloader_pin_memory", "dataset_dir", "ddp_timeout",
@@ -47,7 +50,7 @@ NOT_NEEDED = frozenset(
         "include_num_input_tokens_seen", "include_tokens_per_second", "logging_dir", "logging_steps",
         "logging_strategy", "low_cpu_mem_usage", "media_dir", "output_dir", "overwrite_cache", "overwrite_output_dir",
         "per_device_eval_batch_size", "plot_loss", "predict_with_generate", "preprocessing_batch_size",
-        "preprocessing_num_workers", "print_param_status", "push_to_hub", "remove_unused_columns", "run_name",
+        "preprocessing_num_workers", "print_param_status", "push_to_hub", "remove_unused_columns",
         "save_only_model", "save_safetensors", "save_strategy", "tokenized_path", "upcast_layernorm",
         "use_fast_tokenizer", "use_unsloth",
     }
@@ -65,6 +68,7 @@ def from_llama_factory(found: Mapping[str, Any], folder: Path) -> Told:
         told.body["sat"]["train"].setdefault("lora_alpha", 2 * int(found.get("lora_rank") or 8))
     if found.get("neat_packing"):
         told.put("sat.data.packing", "separate")
+    _trackers(told, found)
     for key in ("dataset", "eval_dataset"):
         files = [_file(told, key, name, found, folder) for name in _names(found.get(key))]
         if not files:
@@ -110,10 +114,18 @@ def _file(told: Told, key: str, name: str, found: Mapping[str, Any], folder: Pat
     return str((places[0] / str(entry["file_name"])).absolute())
 
 
-def _report_to(told: Told, key: str, value: Any) -> None:
-    names = value if isinstance(value, list) else [value]
-    if set(names) - {"none"}:
-        told.noted[key] = "name it as `integrations` of a job file (docs/integrations.md)"
+def _trackers(told: Told, found: Mapping[str, Any]) -> None:
+    value, name = found.get("report_to"), found.get("run_name")
+    named = {"name": name} if name else {}
+    for kind in value if isinstance(value, list) else [value]:
+        if kind == "tensorboard":
+            told.track(kind, {})
+        elif kind == "wandb":
+            told.track(kind, {"project": PROJECT, **named})
+        elif kind == "mlflow":
+            told.track(kind, {"experiment": PROJECT, **named})
+        elif kind not in (None, "none"):
+            told.noted["report_to"] = f"{kind} is not known here; there are {', '.join(TRACKERS)}"
 
 
 RULES: dict[str, Rule] = COMMON | {
@@ -152,5 +164,6 @@ RULES: dict[str, Rule] = COMMON | {
         "sat.train.gradient_checkpointing", yes=False, no=True
     ),
     "pure_bf16": note("parameters stay in fp32 and are computed with in bf16"),
-    "report_to": _report_to,
+    "report_to": taken_with_others,
+    "run_name": taken_with_others,
 }

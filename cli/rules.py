@@ -36,6 +36,10 @@ class Told:
             place = place.setdefault(name, {})
         place[last] = value
 
+    def track(self, kind: str, settings: dict[str, Any]) -> None:
+        """Send what is measured to a tracker as well."""
+        self.body.setdefault("integrations", []).append({"type": kind, kind: settings})
+
 
 Rule = Callable[[Told, str, Any], None]
 

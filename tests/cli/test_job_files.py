@@ -82,7 +82,8 @@ output_dir: saves/x
 logging_steps: 10
 save_steps: 500
 plot_loss: true
-report_to: none
+report_to: [wandb, tensorboard]
+run_name: first
 ### train
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 8
@@ -115,7 +116,7 @@ def refusal(folder: Path, text: str) -> str:
 
 def assert_accepted(body: dict[str, Any]) -> None:
     """The API takes the body, ids in the place of paths."""
-    body = json.loads(json.dumps(body)) | {"training_file": "file-0", "integrations": None}
+    body = json.loads(json.dumps(body)) | {"training_file": "file-0"}
     for entry in body["sat"]["data"].get("mix", []):
         entry |= {"file": "file-1", "weight": 1.0}
     check(body)
@@ -201,6 +202,11 @@ def test_llama_factory_is_told_whole(tmp_path: Path) -> None:
         "precision": "bf16",
         "micro_batch_size": 1,
     }
+    wandb = {"project": "llamafactory", "name": "first"}
+    assert body["integrations"] == [
+        {"type": "wandb", "wandb": wandb},
+        {"type": "tensorboard", "tensorboard": {}},
+    ]
     assert (body["sat"]["checkpoints"], body["sat"]["eval"]) == ({"every": 500}, {"every": 500})
     said = "\n".join(warnings)
     assert "template:" in said
