@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(PYTHON) scripts/install.py
 
-.PHONY: demo up test test-clients check format bench bench-full lock install
+.PHONY: demo up test test-clients test-openapi check format bench bench-full lock install
 
 demo:            ## set up, start the service, train a model, show the result
 	@$(INSTALL) local
@@ -20,6 +20,10 @@ test:            ## set up and run all tests, two files at a time: ARGS="tests/j
 test-clients:    ## every version of OpenAI's client that is promised to work, one by one, against a real service
 	@$(INSTALL) dev clients
 	@$(BIN)/python -m pytest -v -rs tests/clients $(ARGS)
+
+test-openapi:    ## call every operation as its description says, and as it does not, thousands of times: CASES=50
+	@$(INSTALL) dev
+	@CASES=$(or $(CASES),50) $(BIN)/python -m pytest -s tests/openapi $(ARGS)
 
 check:           ## formatting, lint, types, import directions
 	@$(INSTALL) dev

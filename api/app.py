@@ -2,17 +2,16 @@
 
 Importing this module does nothing; the environment is read once, when the factory is called without settings. Schema
 migrations are not run here (`satune up` and the compose file run them once before): two API processes that start
-together must not both migrate. Interactive docs are off because FastAPI's load from a CDN; `/openapi.json` is served.
+together must not both migrate. FastAPI's interactive docs are off because they load from a CDN; `/docs` is a page of ours.
 """
 
+import functools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 
 from api import errors
 from api.auth import session_secret
@@ -24,6 +23,7 @@ from api.followers import Followers
 from api.gate import Gate
 from api.head import Head
 from api.limiter import Limiter
+from api.openapi import describe
 from api.queueing import Queueing
 from api.routes import (
     after,
@@ -123,7 +123,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ):
         app.include_router(router)
     pages.install(app)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = functools.cache(lambda: describe(app))  # type: ignore[method-assign]
     return app
 
 
@@ -131,25 +131,3 @@ def _forget_stale_uploads(folder: Path) -> None:
     for path in folder.glob(PARTIAL + "*"):
         if time.time() - path.stat().st_mtime > STALE_UPLOAD_SECONDS:
             path.unlink(missing_ok=True)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's description without the 422 it adds to every route: ours answers 400, and says so."""
-    if app.openapi_schema is None:
-        schema = get_openapi(
-            title=app.title,
-            version=app.version,
-            openapi_version=app.openapi_version,
-            description=app.description,
-            routes=app.routes,
-            license_info=app.license_info,
-        )
-        for path in schema["paths"].values():
-            for operation in path.values():
-                answers = operation["responses"]
-                if "x-error-codes" not in answers.get("422", {"x-error-codes": []}):
-                    del answers["422"]
-        for name in ("HTTPValidationError", "ValidationError"):
-            schema["components"]["schemas"].pop(name, None)
-        app.openapi_schema = schema
-    return app.openapi_schema

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from fastapi import Depends, Header, Query
 from fastapi.responses import StreamingResponse
@@ -22,7 +23,19 @@ from api.errors import ApiError
 
 # What a route that downloads may answer besides its own codes.
 CODES = ("file_not_found", "range_not_satisfiable")
-RESPONSES: dict[int | str, dict[str, Any]] = {206: {"description": "The range that was asked for."}}
+
+
+def responses(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` of a download."""
+    schema = {"type": "string", "contentMediaType": "application/octet-stream"}
+    content = {kind: {"schema": schema} for kind in media_types}
+    return {
+        200: {"description": "The bytes.", "content": content},
+        206: {"description": "The range that was asked for.", "content": content},
+    }
+
+
+RESPONSES = responses("application/octet-stream", "application/x-tar")
 
 
 class FileEntry(BaseModel):
@@ -41,19 +54,16 @@ class FileList(BaseModel):
 
 
 class Wanted:
-    """What a request wants of a folder: one file or all, from a place or whole; a dependency."""
+    """Which part of something a request wants; a dependency."""
 
     def __init__(
         self,
-        file: Annotated[
-            str | None, Query(description="Only this file; without it all as a tar archive.")
-        ] = None,
         range: Annotated[str | None, Header(description="One range of bytes.")] = None,
         if_range: Annotated[
             str | None, Header(description="The range counts only while the ETag is this one.")
         ] = None,
     ) -> None:
-        self.file, self._range, self._if_range = file, range, if_range
+        self._range, self._if_range = range, if_range
 
     def part(self, size: int, etag: str) -> tuple[int, int] | None:
         """First byte and end of the range; None for everything.
@@ -79,25 +89,39 @@ class Wanted:
 
 
 WantedPart = Annotated[Wanted, Depends()]
+WantedFile = Annotated[
+    str | None,
+    Query(alias="file", description="Only this file; without it all as a tar archive."),
+]
 
 
-def download(folder: Path, name: str, wanted: Wanted) -> StreamingResponse:
+def download(folder: Path, name: str, file: str | None, wanted: Wanted) -> StreamingResponse:
     """A file of the folder, or all of it as NAME.tar. Raises ApiError where there is no such file."""
-    if wanted.file is None:
+    if file is None:
         archive = Archive(folder, name)
         return _sent(
             wanted, archive.read, archive.size, archive.etag, f"{name}.tar", "application/x-tar", {}
         )
-    path = _found(folder, wanted.file)
-    sha256 = _sha256_of(path)
+    path = _found(folder, file)
+    return download_file(path, path.name, _sha256_of(path), wanted)
+
+
+def download_file(
+    path: Path,
+    name: str,
+    sha256: str,
+    wanted: Wanted,
+    media_type: str = "application/octet-stream",
+) -> StreamingResponse:
+    """One file, whose hash is known."""
     digest = base64.b64encode(bytes.fromhex(sha256)).decode()
     return _sent(
         wanted,
         lambda first, end: read_file(path, first, end),
         path.stat().st_size,
         f'"{sha256}"',
-        path.name,
-        "application/octet-stream",
+        name,
+        media_type,
         {"repr-digest": f"sha-256=:{digest}:"},
     )
 
@@ -131,7 +155,7 @@ def _sent(
         "accept-ranges": "bytes",
         "etag": etag,
         "cache-control": "private, no-cache",
-        "content-disposition": f'attachment; filename="{filename}"',
+        "content-disposition": f"attachment; filename*=utf-8''{quote(filename)}",
         "content-length": str(end - first),
         **more,
     }

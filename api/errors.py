@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from jobs import errors as store_errors
 from sat_core.plan.errors import PlanError
@@ -23,6 +24,7 @@ from sat_core.plan.errors import PlanError
 log = logging.getLogger(__name__)
 
 RETRY_NOT = "x-should-retry"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,23 @@ def _from_framework(error: HTTPException, request: Request) -> ApiError:
         if path.startswith(("/files", "/fine_tuning", "/models")):
             message += " A client's base_url must end in /v1."
     elif code == "method_not_allowed":
-        message = f"{request.method} is not allowed at {request.url.path}."
+        allowed = ", ".join(_methods_at(request))
+        message = f"{request.method} is not allowed at {request.url.path}; allowed: {allowed}."
+        return ApiError(code, message, headers={"allow": allowed})
     return ApiError(code, message, headers=error.headers)
+
+
+def _methods_at(request: Request) -> list[str]:
+    """All methods of a path; the framework's own answer names those of the first route that it met."""
+    return [
+        method
+        for method in METHODS
+        if any(
+            route.matches({**request.scope, "method": method.replace("HEAD", "GET")})[0]
+            is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:

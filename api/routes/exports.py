@@ -14,7 +14,7 @@ from api import once
 from api.auth import Caller, require_key
 from api.deps import App, Services
 from api.downloads import CODES as DOWNLOAD_CODES
-from api.downloads import RESPONSES, FileList, WantedPart, download
+from api.downloads import RESPONSES, FileList, WantedFile, WantedPart, download
 from api.errors import ApiError, refuse_unknown
 from api.schemas.create import json_object
 from api.schemas.exports import Export
@@ -175,10 +175,12 @@ def list_export_files(export_id: str, app: App, key: Caller) -> FileList:
     responses=RESPONSES
     | answers("export_not_found", "export_not_ready", "invalid_value", *DOWNLOAD_CODES),
 )
-def download_export(export_id: str, app: App, key: Caller, wanted: WantedPart) -> StreamingResponse:
+def download_export(
+    export_id: str, app: App, key: Caller, wanted: WantedPart, file: WantedFile = None
+) -> StreamingResponse:
     """All files as a tar archive, or one of them. Ranges are served, so a broken download goes on where it was."""
     _, folder = _made(app, key.project, export_id)
-    return download(folder, export_id, wanted)
+    return download(folder, export_id, file, wanted)
 
 
 @router.delete("/{export_id}", operation_id="deleteExport", responses=answers("export_not_found"))

@@ -1,16 +1,15 @@
 """`/v1/files`: upload, list, retrieve, content, delete."""
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
 
-from api import datasets, once
+from api import datasets, downloads, once
 from api.auth import Caller, require_key
 from api.deps import App
 from api.drafts import (
@@ -61,6 +60,10 @@ FORM = {
                             "maximum": EXPIRES_SECONDS[1],
                         },
                         "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+                    },
+                    "dependentRequired": {
+                        ANCHOR_FIELD: [SECONDS_FIELD],
+                        SECONDS_FIELD: [ANCHOR_FIELD],
                     },
                     "additionalProperties": False,
                 }
@@ -151,30 +154,18 @@ def retrieve_file(file_id: str, app: App, key: Caller) -> FileObject:
 @router.get(
     "/{file_id}/content",
     operation_id="downloadFile",
-    response_class=FileResponse,
-    responses=answers("file_not_found", "range_not_satisfiable"),
+    response_class=StreamingResponse,
+    responses=downloads.responses("application/octet-stream", "text/csv")
+    | answers("file_not_found", "range_not_satisfiable"),
 )
-def download_file(
-    file_id: str,
-    app: App,
-    key: Caller,
-    wanted: Annotated[str | None, Header(alias="range")] = None,
-) -> FileResponse:
+def download_content(
+    file_id: str, app: App, key: Caller, wanted: downloads.WantedPart
+) -> StreamingResponse:
     """The bytes as uploaded; ranges are served."""
     record = app.store.get_file(key.project, file_id)
-    first = re.fullmatch(r"bytes=(\d+)-\d*", wanted or "")
-    if first and int(first[1]) >= record.bytes:
-        raise ApiError(
-            "range_not_satisfiable",
-            f"The file has {record.bytes} bytes; {wanted} begins after its end.",
-            headers={"content-range": f"bytes */{record.bytes}"},
-        )
-    return FileResponse(
-        app.artifacts.file(record.sha256),
-        media_type="text/csv" if record.format == "csv" else "application/octet-stream",
-        filename=record.filename,
-        headers={"etag": f'"{record.sha256}"'},
-    )
+    path = app.artifacts.file(record.sha256)
+    kind = "text/csv" if record.format == "csv" else "application/octet-stream"
+    return downloads.download_file(path, record.filename, record.sha256, wanted, kind)
 
 
 @router.delete(

@@ -15,13 +15,13 @@ from api.auth import Caller, require_key
 from api.datasets import refuse_unusable
 from api.deps import App, Services
 from api.downloads import CODES as DOWNLOAD_CODES
-from api.downloads import RESPONSES, FileList, Wanted, WantedPart, download, listing
+from api.downloads import RESPONSES, FileList, Wanted, WantedFile, WantedPart, download, listing
 from api.errors import ApiError
 from api.etags import IfNoneMatch, tagged
 from api.schemas.create import BODY_CODES, CreateJob, check, json_object, openapi_body
 from api.schemas.jobs import FineTuningJob
 from api.schemas.lists import After, ListOf
-from api.schemas.problems import answers
+from api.schemas.problems import UNCHANGED, answers
 from jobs.receipts import Receipt
 from jobs.spec import JobRecord, NewJob
 from jobs.states import Status
@@ -146,7 +146,7 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
     "/{job_id}",
     operation_id="retrieveFineTuningJob",
     response_model=FineTuningJob,
-    responses=answers("job_not_found", "invalid_value"),
+    responses=UNCHANGED | answers("job_not_found", "invalid_value"),
 )
 async def retrieve_job(
     job_id: str,
@@ -233,9 +233,11 @@ def resume_job(
     responses=RESPONSES
     | answers("job_not_found", "result_not_ready", "invalid_value", *DOWNLOAD_CODES),
 )
-def download_result(job_id: str, app: App, key: Caller, wanted: WantedPart) -> StreamingResponse:
+def download_result(
+    job_id: str, app: App, key: Caller, wanted: WantedPart, file: WantedFile = None
+) -> StreamingResponse:
     """The model folder as a tar archive, or one of its files: what `from_pretrained` loads. Ranges are served."""
-    return download(_result(app, key.project, job_id), job_id, wanted)
+    return download(_result(app, key.project, job_id), job_id, file, wanted)
 
 
 @router.get(
@@ -250,7 +252,7 @@ def list_result_files(job_id: str, app: App, key: Caller) -> FileList:
 
 def result_archive(app: Services, project: str, job_id: str) -> StreamingResponse:
     """The archive of a job's result, or 409 where there is none."""
-    return download(_result(app, project, job_id), job_id, Wanted())
+    return download(_result(app, project, job_id), job_id, None, Wanted())
 
 
 def _result(app: Services, project: str, job_id: str) -> Path:

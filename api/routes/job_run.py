@@ -13,7 +13,7 @@ from api.deps import App, Services
 from api.etags import IfNoneMatch, tagged
 from api.schemas.jobs import Checkpoint, JobEvent, JobMetrics, finite
 from api.schemas.lists import After, ListOf, Order
-from api.schemas.problems import answers
+from api.schemas.problems import UNCHANGED, answers
 from api.streams import EventStream, blocks
 from jobs.csv_table import csv_table
 from jobs.errors import NotFound
@@ -35,7 +35,7 @@ CSV = "text/csv"
     "/events",
     operation_id="listFineTuningEvents",
     response_model=ListOf[JobEvent],
-    responses=answers("job_not_found", "invalid_value", "invalid_cursor"),
+    responses=UNCHANGED | answers("job_not_found", "invalid_value", "invalid_cursor"),
 )
 def list_events(
     job_id: str,
@@ -93,6 +93,7 @@ async def stream_job(
     response_model=JobMetrics,
     responses={
         **answers("job_not_found", "invalid_value"),
+        **UNCHANGED,
         200: {"content": {CSV: {"schema": {"type": "string"}}}},
     },
 )

@@ -115,7 +115,7 @@ def retrieve_project_limits(project_id: str, app: App) -> ProjectLimits:
 @router.post(
     PROJECT + "/limits",
     operation_id="modifyProjectLimits",
-    openapi_extra=described(LimitsBody),
+    openapi_extra=described(LimitsBody, required=False),
     responses=answers("project_not_found", *BODY),
 )
 async def modify_project_limits(project_id: str, request: Request, app: App) -> ProjectLimits:

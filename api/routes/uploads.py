@@ -16,7 +16,7 @@ from pydantic import Field
 from api import once
 from api.auth import Caller, require_key
 from api.deps import App, Services
-from api.drafts import PURPOSE, Draft, Terms, new_file, shown_name
+from api.drafts import EXPIRES_SECONDS, FORMATS, PURPOSE, Draft, Terms, new_file, shown_name
 from api.errors import ApiError
 from api.multipart import FEED_BYTES, Form, receive, receiving
 from api.schemas.bodies import Body, described, read
@@ -48,6 +48,23 @@ PART_FORM = {
         },
     }
 }
+# What `Terms.of_body` reads; its messages are better than a schema's.
+EXPIRY: dict[str, Any] = {
+    "required": ["anchor", "seconds"],
+    "properties": {
+        "anchor": {"const": "created_at"},
+        "seconds": {
+            "type": "integer",
+            "minimum": EXPIRES_SECONDS[0],
+            "maximum": EXPIRES_SECONDS[1],
+        },
+    },
+    "additionalProperties": False,
+}
+SAT: dict[str, Any] = {
+    "properties": {"format": {"enum": list(FORMATS)}, "keep_invalid": {"type": "boolean"}},
+    "additionalProperties": False,
+}
 
 
 class CreateUpload(Body):
@@ -56,9 +73,9 @@ class CreateUpload(Body):
     bytes: Annotated[int, Field(ge=1, le=2**53)]
     filename: Annotated[str, Field(min_length=1, max_length=512)]
     mime_type: Annotated[str, Field(max_length=255)]
-    purpose: Annotated[str, Field(max_length=64)]
-    expires_after: dict[str, Any] | None = None
-    sat: dict[str, Any] | None = None
+    purpose: Annotated[str, Field(max_length=64, json_schema_extra={"const": PURPOSE})]
+    expires_after: Annotated[dict[str, Any] | None, Field(json_schema_extra=EXPIRY)] = None
+    sat: Annotated[dict[str, Any] | None, Field(json_schema_extra=SAT)] = None
 
 
 class CompleteUpload(Body):

@@ -100,11 +100,14 @@ class ChatBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, deprecated=True)
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_TOKENS, json_schema_extra={"deprecated": True}
+    )
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stop: str | list[str] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    # As far as integers are exact in JSON.
+    seed: int | None = Field(None, ge=-(2**53), le=2**53)
 
     def asked(self) -> dict[str, Any]:
         """What the model's process is asked; OpenAI's defaults where nothing is said."""

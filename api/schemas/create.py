@@ -8,6 +8,7 @@ two sets of ranges, and messages that say "extra_forbidden" where the nearest na
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from sat_core.plan.request import RunRequest, sat_json_schema
 
 MAX_BODY_BYTES = 1 << 20
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
-SUFFIX_CHARS = 64
+SUFFIX_CHARS, SUFFIX = 64, r"^[A-Za-z0-9._-]+$"
+MAX_ID = 64
 # What a route may answer that reads settings, and one that reads the whole body.
 SETTING_CODES = (
     "invalid_value",
@@ -66,12 +68,18 @@ async def json_object(request: Request) -> dict[str, Any]:
         if len(raw) > MAX_BODY_BYTES:
             raise ApiError("request_too_large", f"The body has more than {MAX_BODY_BYTES} bytes.")
     try:
-        body = json.loads(raw or b"null")
+        body = json.loads(raw or b"null", parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise ApiError("invalid_request", f"The body is not valid JSON: {error}.") from error
     if not isinstance(body, dict):
         raise ApiError("invalid_request", "The body must be a JSON object.")
     return body
+
+
+def _number(text: str) -> int | float:
+    """JSON knows numbers only: 3.0 is the integer 3."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def check(body: dict[str, Any]) -> CreateJob:
@@ -84,8 +92,8 @@ def check(body: dict[str, Any]) -> CreateJob:
     run = RunRequest.from_dict({name: body[name] for name in named if body.get(name) is not None})
     return CreateJob(
         run=run,
-        training_file=_text(body, "training_file", 64) or "",
-        validation_file=_text(body, "validation_file", 64),
+        training_file=_text(body, "training_file", MAX_ID) or "",
+        validation_file=_text(body, "validation_file", MAX_ID),
         suffix=_suffix(body),
         metadata=_metadata(body.get("metadata")),
         integrations=check_integrations(body.get("integrations")),
@@ -108,7 +116,7 @@ def _text(body: dict[str, Any], name: str, limit: int) -> str | None:
 
 def _suffix(body: dict[str, Any]) -> str | None:
     suffix = _text(body, "suffix", SUFFIX_CHARS)
-    if suffix is not None and not all(c.isascii() and (c.isalnum() or c in "-_.") for c in suffix):
+    if suffix is not None and not re.fullmatch(SUFFIX, suffix):
         raise ApiError(
             "invalid_value",
             f"suffix is {suffix!r}; allowed are letters, digits, dash, underscore and dot.",
@@ -162,12 +170,37 @@ def openapi_body() -> dict[str, Any]:
         },
     }
     properties = {
-        "model": {"type": "string", "examples": ["local/NAME", "ORG/NAME"]},
-        "training_file": {"type": "string"},
-        "validation_file": {"type": ["string", "null"]},
-        "suffix": {"type": ["string", "null"], "minLength": 1, "maxLength": SUFFIX_CHARS},
+        "model": {
+            "type": "string",
+            "minLength": 1,
+            "description": "What to start from: local/NAME, ORG/NAME of the hub, a result or a checkpoint.",
+        },
+        "training_file": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": MAX_ID,
+            "description": "Id of a file.",
+        },
+        "validation_file": {
+            "type": ["string", "null"],
+            "minLength": 1,
+            "maxLength": MAX_ID,
+            "description": "Id of a file that is held out.",
+        },
+        "suffix": {
+            "type": ["string", "null"],
+            "pattern": SUFFIX,
+            "maxLength": SUFFIX_CHARS,
+            "description": "Part of the result's name.",
+        },
         "seed": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**31 - 1},
-        "metadata": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
+        "metadata": {
+            "type": ["object", "null"],
+            "maxProperties": MAX_METADATA,
+            "propertyNames": {"minLength": 1, "maxLength": MAX_METADATA_KEY},
+            "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_VALUE},
+            "description": "Words of your own; lists of jobs can be filtered by them.",
+        },
         "method": method,
         "hyperparameters": hyper | {"deprecated": True},
         "integrations": integrations_schema(),

@@ -19,6 +19,7 @@ from jobs.tenants import MEMBER_SCOPES, SCOPES
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Scope = Annotated[str, Field(json_schema_extra={"enum": list(SCOPES)})]
 Seconds = Annotated[int, Field(ge=1, le=10 * 366 * 24 * 3600)]
 
 
@@ -32,7 +33,7 @@ class NewServiceAccount(Body):
     """An account and its first key; `scopes` is ours."""
 
     name: Name
-    scopes: list[str] | None = None
+    scopes: list[Scope] | None = None
     expires_in_seconds: Seconds | None = None
 
 
@@ -40,14 +41,14 @@ class NewKey(Body):
     """One more key of an account."""
 
     name: Name = "API key"
-    scopes: list[str] | None = None
+    scopes: list[Scope] | None = None
     expires_in_seconds: Seconds | None = None
 
 
 class KeyChanges(Body):
     """What may change on a key; no scopes mean all but admin."""
 
-    scopes: list[str] | None = None
+    scopes: list[Scope] | None = None
     expires_in_seconds: Seconds | None = None
 
 

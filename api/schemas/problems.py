@@ -29,26 +29,38 @@ class ErrorResponse(BaseModel):
     instance: str
 
 
+# What any route may answer, and what any that asks for a key.
+OPEN = ("invalid_host", "internal_error")
 ALWAYS = (
     "invalid_api_key",
     "insufficient_scope",
     "project_mismatch",
+    "cross_site_request",
     "rate_limited",
-    "invalid_host",
-    "internal_error",
+    "not_ready",
+    *OPEN,
 )
+# Of a route that answers 304 to `If-None-Match`.
+UNCHANGED: dict[int | str, dict[str, Any]] = {
+    304: {"description": "Nothing has changed since the answer with this ETag."}
+}
 
 
-def answers(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` for a route that may answer with these codes, beside those every route may."""
+def answers(*codes: str, always: tuple[str, ...] = ALWAYS) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for a route that may answer with these codes, beside those it `always` may."""
     by_status: dict[int, list[str]] = {}
-    for code in (*codes, *ALWAYS):
+    for code in dict.fromkeys((*codes, *always)):
         by_status.setdefault(ERRORS[code].status, []).append(code)
     return {
         status: {
             "model": ErrorResponse,
             "description": "; ".join(ERRORS[code].title for code in found),
             "x-error-codes": found,
+            "content": {
+                "application/json": {
+                    "examples": {code: {"$ref": f"#/components/examples/{code}"} for code in found}
+                }
+            },
         }
         for status, found in sorted(by_status.items())
     }

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.bodies import Body
 
@@ -10,8 +10,16 @@ MAX_STEPS, MAX_TOKENS = 1_000_000, 1_048_576
 DEFAULT_STEPS = 1000
 
 
+_ONE_OF: Any = [
+    {"required": [one], "properties": {one: {"type": kind}, other: {"type": "null"}}}
+    for one, kind, other in (("model", "string", "config"), ("config", "object", "model"))
+]
+
+
 class PreviewBody(Body):
     """What to plan. Of `model` and `config` give one."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _ONE_OF})
 
     model: Annotated[
         str | None,

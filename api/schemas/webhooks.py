@@ -10,8 +10,18 @@ from api.schemas.organization import Name
 from jobs.outbox import EVENT_TYPES
 from jobs.spec import DeliveryRecord, WebhookRecord
 
-Url = Annotated[str, Field(min_length=1, max_length=2048)]
-Types = Annotated[list[str], Field(min_length=1, max_length=100)]
+Url = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=2048,
+        json_schema_extra={"pattern": "^https?://"},
+        description="A public address.",
+    ),
+]
+# Described as a choice, and refused by `known_types`, whose message says what there is.
+EventType = Annotated[str, Field(json_schema_extra={"enum": list(EVENT_TYPES)})]
+Types = Annotated[list[EventType], Field(min_length=1, max_length=100)]
 
 
 class NewWebhook(Body):
@@ -40,7 +50,7 @@ class Rotation(Body):
 class TestBody(Body):
     """Which event to send as a sample."""
 
-    event_type: str
+    event_type: EventType
 
 
 def known_types(types: list[str], param: str = "event_types") -> list[str]:

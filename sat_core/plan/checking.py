@@ -155,7 +155,7 @@ def json_schema(hint: Any, spec: dataclasses.Field[Any] | None = None) -> dict[s
         items = json_schema(item) if dataclasses.is_dataclass(item) else {"type": "string"}
         out |= {"type": "array", "items": items, "maxItems": MAX_LIST}
     elif hint in (bool, str):
-        out |= {"type": "boolean" if hint is bool else "string"}
+        out |= {"type": "boolean"} if hint is bool else {"type": "string", "minLength": 1}
     else:
         out |= {"type": "integer" if hint is int else "number"}
     out |= {schema: limits[k] for k, (_, _, schema) in _LIMITS.items() if k in limits}

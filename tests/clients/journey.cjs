@@ -25,7 +25,7 @@ const REQUIRED = {
 };
 
 function whole(thing) {
-  for (const name of REQUIRED[thing.object] ?? ["id", "deleted"]) {
+  for (const name of thing.deleted ? ["id", "object"] : REQUIRED[thing.object]) {
     assert.notEqual(thing[name], undefined, `${name} is missing from ${JSON.stringify(thing)}`);
   }
   return thing;
