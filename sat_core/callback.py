@@ -71,11 +71,8 @@ class SatCallback(TrainerCallback):
         if control.should_save or control.should_evaluate or control.should_training_stop:
             self._widen()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The same at the end of an epoch."""
-        self.on_step_end(args, state, control, **kwargs)
+    # The same at the end of an epoch.
+    on_epoch_end = on_step_end
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -27,10 +27,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], figures: dict[str, 
             f"{sat.schedule}, {sat.dense_start:g} dense start, {sat.sparse_share:g} sparse share, {sat.rungs} rungs; "
             f"{sat.metric}, {sat.selector}, allotment {sat.allotment}, refresh every {sat.refresh_every}",
         ),
-        (
-            "held-out loss",
-            _pair(summary["eval_loss_before"], summary["eval_loss_after"]),
-        ),
+        ("held-out loss", _pair(summary["eval_loss_before"], summary["eval_loss_after"])),
         (
             "loss on the base model's own text (rises as it forgets)",
             _pair(summary["forgetting_loss_before"], summary["forgetting_loss_after"]),
@@ -42,12 +39,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], figures: dict[str, 
         ),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    front = f"base_model: {config.model_name}\n" + (f"license: {licence}\n" if licence else "")
-    return f"""---
-{front}library_name: transformers
-pipeline_tag: text-generation
-tags: [satune, sparsity-accelerated-training]
----
+    return f"""{_front(config.model_name, licence, "transformers")}
 # {config.model_name}, fine-tuned by Satune
 
 A plain dense model. It was trained with Sparsity-Accelerated Training (Ma et al., arXiv 2406.01392): in the middle of
@@ -63,12 +55,7 @@ The base model's licence applies to it.
 def bare_card(name: str, base: dict[str, Any], *, library: str) -> str:
     """README.md of a checkpoint's model or of an adapter, of which nothing was measured on its own."""
     licence = base_licence(base["path"])
-    front = f"base_model: {base['name']}\n" + (f"license: {licence}\n" if licence else "")
-    return f"""---
-{front}library_name: {library}
-pipeline_tag: text-generation
-tags: [satune, sparsity-accelerated-training]
----
+    return f"""{_front(base["name"], licence, library)}
 # {name}
 
 Made by Satune from {base["name"]} {base["revision"] or ""}, whose licence ({licence or "not stated in its model card"}) applies to it.
@@ -83,6 +70,16 @@ def base_licence(model_path: str | None) -> str | None:
     found = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
     line = re.search(r"^license:\s*(\S+)", found[1], re.MULTILINE) if found else None
     return line[1] if line else None
+
+
+def _front(base: str, licence: str | None, library: str) -> str:
+    stated = f"\nlicense: {licence}" if licence else ""
+    return f"""---
+base_model: {base}{stated}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [satune, sparsity-accelerated-training]
+---"""
 
 
 def _file(entry: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ block, J rates of the grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -141,12 +142,8 @@ class Probe:
             hooks += [
                 self.sparsity.layer(i).register_forward_hook(self._at_layer_end(i)) for i in layers
             ]
-        try:
-            with torch.no_grad(), self.sparsity.dense_forward():
-                self.loss = mean_loss(self.sparsity.model, inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _removing(hooks), torch.no_grad(), self.sparsity.dense_forward():
+            self.loss = mean_loss(self.sparsity.model, inputs)
 
     def _run_with_gradients(self, inputs: Inputs) -> None:
         self.passes = 3
@@ -162,15 +159,11 @@ class Probe:
         for block in self.blocks:
             owner = block.module if block.out.experts > 1 else block.out.owner
             hooks.append(owner.register_forward_hook(self._at_gradient(block)))
-        try:
-            with torch.enable_grad(), self.sparsity.dense_model():
-                total, self._labels = summed_loss(self.sparsity.model, inputs)
-                if self._labels:
-                    self.loss = float(total.detach()) / self._labels
-                    torch.autograd.grad(total, embedded)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _removing(hooks), torch.enable_grad(), self.sparsity.dense_model():
+            total, self._labels = summed_loss(self.sparsity.model, inputs)
+            if self._labels:
+                self.loss = float(total.detach()) / self._labels
+                torch.autograd.grad(total, embedded)
 
     def _at_gradient(self, block: SlicedBlock) -> Any:
         """A forward hook that looks at the gradient of a block's output when the backward passes it."""
@@ -260,15 +253,11 @@ class Probe:
             return weight_score(block, metric, seed=config.seed, step=self.step)
         rows = input_rows(block, input_TH.shape[1])
         if metric == "maxip" and kind == "mlp":
-            act = activation_function(block)
-            score_U = importance.maxip_mlp(input_TH.mean(0), rows, act)
-        elif metric == "maxip":
-            mean_H = input_TH.mean(0)
-            scored = [importance.maxip_rows(mean_H, r).reshape(units, -1) for r in rows]
-            score_U = importance.joined(scored, kind)
+            score_U = importance.maxip_mlp(input_TH.mean(0), rows, activation_function(block))
         else:
-            norm_H = input_TH.norm(dim=0)
-            scored = [importance.wanda_rows(norm_H, r).reshape(units, -1) for r in rows]
+            of_rows: Callable[[Tensor, Tensor], Tensor] = getattr(importance, f"{metric}_rows")
+            seen_H = input_TH.mean(0) if metric == "maxip" else input_TH.norm(dim=0)
+            scored = [of_rows(seen_H, r).reshape(units, -1) for r in rows]
             score_U = importance.joined(scored, kind)
         return score_U * importance.out_norm(out_rows(block), kind)
 
@@ -279,10 +268,8 @@ class Probe:
         size = -(-int(self._valid.sum()) // stride)
         missing_TH = pieces[0].inner_tI.new_zeros(size, hidden)
         order_SU = score_U.view(block.stretches, -1).argsort(dim=1, stable=True)
-        order_SU = (
-            order_SU
-            + torch.arange(block.stretches, device=order_SU.device)[:, None] * (order_SU.shape[1])
-        )
+        first_S1 = torch.arange(block.stretches, device=order_SU.device)[:, None]
+        order_SU = order_SU + first_S1 * order_SU.shape[1]
         norms, asleep = [], 0
         for awake in self.sparsity.grid(block):
             now = (block.num_units - awake) // block.stretches
@@ -314,6 +301,15 @@ class Probe:
                 found.missing_JT = None
 
         return end
+
+
+@contextmanager
+def _removing(hooks: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def summed_loss(model: Any, inputs: Inputs) -> tuple[Tensor, int]:

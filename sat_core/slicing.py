@@ -296,10 +296,8 @@ class SlicedBlock:
         return host.pin_memory() if rows.is_cuda else host
 
     def _merge(self, part: SlicedParameter, awake: Tensor, asleep: Tensor | None) -> Tensor:
-        if self.num_awake == self.num_units:
-            return awake
         if asleep is None:
-            raise AssertionError("units sleep, but their rows are nowhere")
+            return awake
         size = list(awake.shape)
         size[part.dim] = size[part.dim] * self.num_units // self.num_awake
         full = awake.new_empty(size)
@@ -313,21 +311,19 @@ class SlicedBlock:
         average, square = plain(state["exp_avg"]), plain(state["exp_avg_sq"])
         if part.asleep is not None:
             average = self._merge(part, average, torch.zeros_like(part.asleep))
-            square = self._merge(part, square, self._asleep_square(part, square))
+            asleep_sq = self._asleep_square(part, part.asleep, square)
+            square = self._merge(part, square, asleep_sq)
         state["exp_avg"] = part.take(average, awake_K)
         state["exp_avg_sq"] = part.take(square, awake_K) if len(sleepers) else square
         part.asleep_sq = self._waiting(part.take(square, sleepers)) if len(sleepers) else None
 
-    def _asleep_square(self, part: SlicedParameter, square: Tensor) -> Tensor:
+    def _asleep_square(self, part: SlicedParameter, asleep: Tensor, square: Tensor) -> Tensor:
         """Second moments of the sleepers; those that never trained get the mean over the awake ones."""
-        if part.asleep is None:
-            raise AssertionError("nobody sleeps")
         kept = part.asleep_sq
         never_U = ~self.trained_U
         if kept is None or bool(never_U[self.asleep_units].any()):
-            mean = square.mean(part.dim, keepdim=True).to(part.asleep.device)
-            never = part.take(part.spread(never_U), self.asleep_units).to(part.asleep.device)
-            mean = mean.expand_as(part.asleep)
+            mean = square.mean(part.dim, keepdim=True).to(asleep.device).expand_as(asleep)
+            never = part.take(part.spread(never_U), self.asleep_units).to(asleep.device)
             kept = mean.clone() if kept is None else torch.where(never, mean, kept)
         return kept
 

@@ -14,29 +14,30 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sat_core import importance
+from sat_core.allotment import Curve
 from sat_core.blocks import Anatomy, attention_block, mlp_block
 from sat_core.parallel import Parallel
-from sat_core.pieces import probe_grid, weight_score
-from sat_core.plan.accounting import Widths
-from sat_core.plan.config import WEIGHT_METRICS, SatConfig
+from sat_core.pieces import out_rows, probe_grid, weight_score
+from sat_core.plan.accounting import Widths, unit_cost
+from sat_core.plan.config import SatConfig
 from sat_core.plan.errors import ConfigError
+from sat_core.plan.quote import probe_passes
 from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE, GPU_WIDTH_MULTIPLE
 from sat_core.probe import Inputs, Probe, Seen
 from sat_core.selection import select
 from sat_core.slicing import SlicedBlock
-from sat_core.widths import curve_of, stage_widths
+from sat_core.widths import stage_widths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sat_core.allotment import Curve
     from sat_core.plan.families import Family
 
 
@@ -55,10 +56,10 @@ class Refresh:
 
     share: float
     stage_begins: bool
-    dense_loss: float | None
-    passes: int
-    errors: dict[tuple[str, int], list[tuple[float, float]]]
-    churn: dict[int, float]
+    dense_loss: float | None = None
+    passes: int = 0
+    errors: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
+    churn: dict[int, float] = field(default_factory=dict)
 
 
 def sparsify(
@@ -159,14 +160,7 @@ class Sparsity:
         if share == 0:
             self.wake_all()
             self.share = share
-            return Refresh(
-                share=0.0,
-                stage_begins=True,
-                dense_loss=None,
-                passes=0,
-                errors={},
-                churn={},
-            )
+            return Refresh(share=0.0, stage_begins=True)
         made = self.choose(step, inputs, share=share, allot_anew=stage_begins)
         self.share = made.share
         return made
@@ -187,12 +181,7 @@ class Sparsity:
             if (config.pooled or rates[b.kind] > 0 if allot_anew else b.num_awake < b.num_units)
         ]
         probe = Probe(self, chosen, step, with_errors=by_errors)
-        probed = bool(chosen) and (
-            by_errors
-            or config.metric not in WEIGHT_METRICS
-            or config.max_gap > 0
-            or config.compensation
-        )
+        probed = bool(chosen) and probe_passes(config, stage_begins=allot_anew) > 0
         if probed:
             probe.run(inputs)
             self._agree(probe)
@@ -256,7 +245,10 @@ class Sparsity:
     def grid(self, block: SlicedBlock) -> list[int]:
         """Widths at which the probe measures the block."""
         rate = self.config.mlp_rate if block.kind == "mlp" else self.config.attention_rate
-        return probe_grid(block, self.multiple if block.kind == "mlp" else 1, rate)
+        return probe_grid(block, self._rounding(block), rate)
+
+    def _rounding(self, block: SlicedBlock) -> int:
+        return self.multiple if block.kind == "mlp" else 1
 
     @property
     def whole(self) -> bool:
@@ -358,23 +350,20 @@ class Sparsity:
         return 1.0 - float(torch.isin(awake_K, before).float().mean())
 
     def _curve(self, block: SlicedBlock, errors: tuple[float, ...]) -> Curve:
-        return curve_of(
-            block,
-            self.grid(block),
-            errors,
-            shape=self.shape,
-            unit=self.config.attention_unit,
-            multiple=self.multiple,
+        return Curve(
+            num_units=block.num_units,
+            awake=tuple(self.grid(block)),
+            errors=errors,
+            unit_cost=unit_cost(self.shape, block.kind, self.config.attention_unit),
+            multiple=block.stretches * self._rounding(block),
         )
 
     def _mean_contribution(self, block: SlicedBlock, mean_I: Tensor) -> Tensor:
         """What the sleepers would add on average, [H]."""
-        values = block.out.segments[0]
-        out_IH = block.out.unit_rows(block.whole(block.out))[0].reshape(len(mean_I), -1)
-        sleeping_I = torch.ones(block.num_units, dtype=torch.bool, device=mean_I.device)
-        sleeping_I[block.awake_K] = False
-        sleeping_I = sleeping_I.repeat_interleave(values)
-        return mean_I[sleeping_I].to(out_IH.dtype) @ out_IH[sleeping_I]
+        asleep = block.asleep_units
+        asleep_I = mean_I.view(block.num_units, -1)[asleep].flatten()
+        out_IH = out_rows(block)[asleep].reshape(len(asleep_I), -1)
+        return asleep_I.to(out_IH.dtype) @ out_IH
 
     def _compensate(self, block: SlicedBlock) -> Any:
         def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:

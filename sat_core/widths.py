@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sat_core.allotment import Curve, allot
-from sat_core.plan.accounting import unit_cost
+from sat_core.allotment import allot
 from sat_core.plan.schedule import awake_units, layer_rates
 
 if TYPE_CHECKING:
+    from sat_core.allotment import Curve
     from sat_core.plan.config import SatConfig
-    from sat_core.plan.families import ModelShape
     from sat_core.slicing import SlicedBlock
 
 
@@ -44,25 +43,6 @@ def stage_widths(
             per_stretch = awake_units(b.num_units // b.stretches, share * r, rounding)
             widths[id(b)] = per_stretch * b.stretches
     return widths
-
-
-def curve_of(
-    block: SlicedBlock,
-    awake: list[int],
-    errors: tuple[float, ...],
-    *,
-    shape: ModelShape,
-    unit: str,
-    multiple: int,
-) -> Curve:
-    """The block's curve; `unit` is the configuration's attention unit."""
-    return Curve(
-        num_units=block.num_units,
-        awake=tuple(awake),
-        errors=errors,
-        unit_cost=unit_cost(shape, block.kind, unit),
-        multiple=block.stretches * (multiple if block.kind == "mlp" else 1),
-    )
 
 
 def _by_curves(
