@@ -42,6 +42,11 @@ class Batch(NamedTuple):
     lengths_B: Tensor
     positions_BT: Tensor | None = None
 
+    @property
+    def num_labels(self) -> int:
+        """Tokens that carry loss; the first of a sequence is predicted by nothing."""
+        return int((self.labels_BT[:, 1:] != IGNORED_LABEL).sum())
+
     def rows(self, first: int, end: int) -> Batch:
         """Sequences [first, end) as a batch."""
         return self.map(lambda tensor: tensor[first:end])

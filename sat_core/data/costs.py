@@ -54,13 +54,14 @@ class Costs:
             inside = range(phase.first_step + every, phase.last_step + 1, every) if every else ()
             # Beyond this many their mean says as much.
             seen = inside[:: max(1, len(inside) // 1000)]
-            refreshes = _sum([self._probe(step) for step in seen])
+            refreshes = Cost.sum(map(self._probe, seen))
+            times = len(inside) / max(1, len(seen))
             found.append(
                 PhaseCost(
                     phase=phase,
                     steps=self._steps(phase.first_step, phase.last_step + 1),
                     begin=self._probe(phase.first_step),
-                    refreshes=_times(refreshes, len(inside) / max(1, len(seen))),
+                    refreshes=Cost(*(round(n * times) for n in refreshes)),
                 )
             )
         return found
@@ -69,7 +70,7 @@ class Costs:
         batch = self._config.batch_size
         at_once = max(1, SEQUENCES_AT_ONCE // batch)
         starts = range(first, end, at_once)
-        return _sum([self._block(start, min(end, start + at_once)) for start in starts])
+        return Cost.sum(self._block(start, min(end, start + at_once)) for start in starts)
 
     def _block(self, first: int, end: int) -> Cost:
         """Steps [first, end): S steps of M micro-batches of B sequences, the last micro-batch perhaps short."""
@@ -115,19 +116,3 @@ class Costs:
 
 def _padded(lengths: Ints) -> Ints:
     return np.asarray(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE)
-
-
-def _sum(costs: list[Cost]) -> Cost:
-    return Cost(
-        tokens=sum(c.tokens for c in costs),
-        attended_pairs=sum(c.attended_pairs for c in costs),
-        labels=sum(c.labels for c in costs),
-    )
-
-
-def _times(cost: Cost, factor: float) -> Cost:
-    return Cost(
-        tokens=round(cost.tokens * factor),
-        attended_pairs=round(cost.attended_pairs * factor),
-        labels=round(cost.labels * factor),
-    )

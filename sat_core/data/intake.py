@@ -175,7 +175,11 @@ def fit(row: Rendered, format: str, packing: str, seq_len: int) -> tuple[list[Re
 
 def mark_of(row: Rendered) -> int:
     """A 64-bit hash of a row's tokens."""
-    content = np.asarray(row.ids, dtype=np.uint32).tobytes()
+    return hash_of(np.asarray(row.ids, dtype=np.uint32).tobytes())
+
+
+def hash_of(content: bytes) -> int:
+    """64 bits of BLAKE2b."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 

@@ -102,8 +102,7 @@ class Preparation:
                 files.append(self._mix(number, train, files[0]["sequences"], trained))
             if self.validation is not None:
                 second = self._intake(self.validation, declared=self.declared_format)
-                for sequence in second.sequences(kept_out):
-                    held.add(sequence)
+                held.extend(second.sequences(kept_out))
                 if held.trained_tokens == 0:
                     raise _untrained(second)
                 files.append(second.figures("validation", held.totals()))
@@ -151,11 +150,10 @@ class Preparation:
         for number, (mark, parts) in enumerate(main.rows()):
             writer, packer, marks = sides[carved(number)]
             marks.append(mark)
-            for sequence in itertools.chain.from_iterable(map(packer.add, parts)):
-                writer.add(sequence)
+            for part in parts:
+                writer.extend(packer.add(part))
         for writer, packer, _ in sides:
-            for sequence in packer.finish():
-                writer.add(sequence)
+            writer.extend(packer.finish())
 
     def _intake(self, source: Source, **settings: Any) -> Intake:
         return Intake(source, self.tokens, self.progress, **settings)
@@ -171,8 +169,7 @@ class Preparation:
         marks = trained
         for reading in itertools.count(1):
             start = train.sequences
-            for sequence in itertools.islice(intake.sequences(marks), end - start):
-                train.add(sequence)
+            train.extend(itertools.islice(intake.sequences(marks), end - start))
             if train.sequences == start:
                 raise _untrained(intake)
             if train.sequences == end:

@@ -82,17 +82,14 @@ def _at(filename: str, line: int, error: RowError) -> DataError:
 
 
 def _items(path: Path, filename: str) -> Iterator[Item]:
-    for item in _pushed(path, RowStream(filename)):
-        if item.error is not None:
-            raise _at(filename, item.line, item.error) from item.error
-        yield item
-
-
-def _pushed(path: Path, stream: RowStream) -> Iterator[Item]:
+    stream, chunk = RowStream(filename), b"-"
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield from stream.feed(chunk)
-    yield from stream.feed(b"", last=True)
+        while chunk:
+            chunk = file.read(CHUNK_BYTES)
+            for item in stream.feed(chunk, last=not chunk):
+                if item.error is not None:
+                    raise _at(filename, item.line, item.error) from item.error
+                yield item
 
 
 def parquet_rows(path: Path, filename: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -8,7 +8,6 @@ loss, is no function of length.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sat_core.data.intake import Tally, Tokens, copies, fit, mark_of, new_marks, overlap
+from sat_core.data.intake import Tally, Tokens, copies, fit, hash_of, mark_of, new_marks, overlap
 from sat_core.data.packing import packing_for
 from sat_core.data.reading import CHUNK_BYTES, parquet_rows, read_rows
 from sat_core.plan.errors import DataError
-from sat_core.plan.formats import NO_LINE, FileCheck, FileReport
+from sat_core.plan.formats import NO_LINE, FileCheck, FileReport, Problem
 from sat_core.plan.parsing import kind_of
 from sat_core.plan.rows import Conversation, RowError, Text
 from sat_core.plan.streams import Item
@@ -56,7 +55,7 @@ class Validation:
     def run(self, against: Validation | None = None) -> dict[str, Any]:
         """The report; with `against`, another file that was run, also how many rows stand in both."""
         report = self.read()
-        problems = [asdict(problem) for problem in report.problems]
+        problems = list(report.problems)
         count, rows = report.problem_count, self.tally.rows
         if not problems and self.tokens is not None and not sum(self.trained):
             problems, count = [self._untrained(rows)], 1
@@ -68,7 +67,7 @@ class Validation:
             "encoding": report.encoding,
             "rows": report.rows,
             "error_count": count,
-            "errors": problems,
+            "errors": [asdict(problem) for problem in problems],
             "warnings": warnings if not problems else [],
             "duplicates": duplicates,
             "overlap_rows": shared,
@@ -107,7 +106,7 @@ class Validation:
         if isinstance(content, Conversation):
             self.roles.update(message["role"] for message in content.messages)
         if self.tokens is None:
-            self.marks.append(_mark(content))
+            self.marks.append(hash_of(json.dumps(content, sort_keys=True).encode()))
             return
         try:
             whole = self.tokens.renderer.render(content)
@@ -124,7 +123,7 @@ class Validation:
         self._trained_uncut += sum(whole.trained[1:])
         self.marks.append(mark_of(whole))
 
-    def _untrained(self, rows: int) -> dict[str, Any]:
+    def _untrained(self, rows: int) -> Problem:
         """Why the loss mask of the whole file is zero."""
         if self._trained_uncut:
             why = (
@@ -133,14 +132,9 @@ class Validation:
             )
         else:
             why = "the model's chat template and tokenizer leave nothing of any answer"
-        return {
-            "line": 1,
-            "byte_offset": 0,
-            "pointer": "",
-            "code": "no_trained_tokens",
-            "message": f"not one token of {rows} rows would be trained on: {why}",
-            "excerpt": "",
-        }
+        message = f"not one token of {rows} rows would be trained on: {why}"
+        code = "no_trained_tokens"
+        return Problem(line=1, byte_offset=0, pointer="", code=code, message=message)
 
     def _warnings(self, rows: int, duplicates: int, shared: int | None) -> list[str]:
         said = {
@@ -190,9 +184,3 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[dict[str, int]]:
         {"from": start, "to": end, "rows": rows}
         for (start, end), rows in zip(itertools.pairwise(edges), counts, strict=True)
     ]
-
-
-def _mark(content: Text | Conversation) -> int:
-    """A 64-bit hash of what a row means, for want of its tokens."""
-    whole = json.dumps(content, sort_keys=True).encode()
-    return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")

@@ -11,6 +11,7 @@ import numpy as np
 from sat_core.data.packing import TRAINED
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from sat_core.data.packing import Sequence
@@ -54,6 +55,11 @@ class SplitWriter:
         self.trained_tokens += sequence.mask[1:].count(TRAINED)
         self.longest = max(self.longest, len(sequence.ids))
         self._offsets.append(self.tokens)
+
+    def extend(self, sequences: Iterable[Sequence]) -> None:
+        """Append them all."""
+        for sequence in sequences:
+            self.add(sequence)
 
     def finish(self) -> dict[str, int]:
         """Write the offsets; the figures of the split."""

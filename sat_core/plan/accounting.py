@@ -8,11 +8,13 @@ and are not counted: a speed-up quoted from FLOPs is a bound, and is named so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sat_core.plan.schedule import awake_units, layer_rates
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sat_core.plan.config import SatConfig
     from sat_core.plan.families import ModelShape
 
@@ -43,8 +45,7 @@ class Widths:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
+class Cost(NamedTuple):
     """What a step has to do.
 
     Attributes:
@@ -56,6 +57,11 @@ class Cost:
     tokens: int
     attended_pairs: int
     labels: int
+
+    @classmethod
+    def sum(cls, costs: Iterable[Cost]) -> Cost:
+        """All together."""
+        return cls(*map(sum, zip(cls(0, 0, 0), *costs, strict=True)))
 
     @classmethod
     def of_sequence(cls, seq_len: int) -> Cost:

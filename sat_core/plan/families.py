@@ -273,10 +273,7 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"config.json of the model lacks a usable {error}.", "model") from error
-    numbers = {
-        k: v for k, v in asdict(shape).items() if isinstance(v, int) and not isinstance(v, bool)
-    }
-    wrong = [f"{k} = {v}" for k, v in numbers.items() if v < 1]
+    wrong = [f"{k} = {v}" for k, v in asdict(shape).items() if type(v) is int and v < 1]
     if wrong or shape.num_heads % shape.num_kv_heads:
         raise ModelError(
             f"config.json of the model is impossible: {', '.join(wrong) or 'heads do not divide by KV heads'}.",

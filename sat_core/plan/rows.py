@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 FORMATS = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -43,6 +43,7 @@ _COLUMNS = {
 # All that any format reads; the other columns of a table can stay where they are.
 KNOWN_COLUMNS = frozenset({"input", "system", "tools"}.union(*_COLUMNS.values()))
 _KEPT = ("name", "tool_call_id", "reasoning_content")
+_Kind = TypeVar("_Kind")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -145,8 +146,7 @@ def _sharegpt(row: dict[str, Any]) -> Conversation:
         messages.append({"role": "system", "content": _string(row, "system")})
     for i, turn in enumerate(turns):
         place = f"/conversations/{i}"
-        if not isinstance(turn, dict):
-            raise RowError("bad_type", place, "a turn must be an object with from and value")
+        _typed(turn, dict, place, "a turn must be an object with from and value")
         speaker = turn.get("from")
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
@@ -195,8 +195,7 @@ def _messages(
 
 
 def _message(message: Any, place: str, key: str) -> tuple[dict[str, Any], bool]:
-    if not isinstance(message, dict):
-        raise RowError("bad_type", place, "a message must be an object with role and content")
+    _typed(message, dict, place, "a message must be an object with role and content")
     role = message.get("role")
     if role not in ROLES:
         shown = repr(role)[:60]
@@ -233,33 +232,25 @@ def _content(content: Any, place: str, *, optional: bool) -> str:
                 )
             _string(part, "text", f"{place}/{i}", empty=True)
         return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise RowError(
-            "bad_type",
-            place,
-            f"content must be a string or a list of text parts; got {type(content).__name__}",
-        )
-    return _encodable(content, place)
+    what = "content must be a string or a list of text parts"
+    return _encodable(_typed(content, str, place, what), place)
 
 
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
     """Tool calls as templates read them: arguments as an object, though OpenAI's files hold them as JSON text."""
     if calls is None:
         return []
-    if not isinstance(calls, list):
-        raise RowError("bad_type", place, f"tool_calls must be a list; got {type(calls).__name__}")
     plain = []
-    for i, call in enumerate(calls):
+    for i, call in enumerate(_typed(calls, list, place, "tool_calls must be a list")):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError("bad_type", f"{place}/{i}", "a tool call needs a name and arguments")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = _decoded(arguments or "{}", f"{place}/{i}/function/arguments", "arguments")
-        if not isinstance(arguments, dict | None):
-            raise RowError(
-                "bad_type", f"{place}/{i}/function/arguments", "arguments must be a JSON object"
-            )
+        if arguments is not None:
+            at = f"{place}/{i}/function/arguments"
+            _typed(arguments, dict, at, "arguments must be a JSON object")
         made = {
             "type": "function",
             "function": {"name": function["name"], "arguments": arguments or {}},
@@ -293,14 +284,16 @@ def _list(row: dict[str, Any], key: str) -> list[Any]:
 
 
 def _string(row: dict[str, Any], key: str, place: str = "", *, empty: bool = False) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise RowError(
-            "bad_type", f"{place}/{key}", f"{key} must be a string; got {type(value).__name__}"
-        )
+    value = _typed(row.get(key), str, f"{place}/{key}", f"{key} must be a string")
     if not empty and not value.strip():
         raise RowError("empty_content", f"{place}/{key}", f"{key} is empty")
     return _encodable(value, f"{place}/{key}")
+
+
+def _typed(value: Any, kind: type[_Kind], place: str, what: str) -> _Kind:
+    if not isinstance(value, kind):
+        raise RowError("bad_type", place, f"{what}; got {type(value).__name__}")
+    return value
 
 
 def _encodable(text: str, place: str) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 GPU_WIDTH_MULTIPLE, CPU_WIDTH_MULTIPLE = 128, 8
 MAX_LAYER_RATE = 0.9375
 WSD_DECAY_SHARE = 0.2
+_STATES = {0.0: "training_dense_finish", 1.0: "training_sparse"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,9 @@ class Ladder:
         wanted = 1.0 - done if self.type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return round(wanted * rungs) / rungs
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a ladder is a few numbers
     def phases(self) -> tuple[Phase, ...]:
         """The run as maximal stretches of equal share, in order; their steps sum to `total_steps`."""
-        return _phases(self)
-
-    def _find_phases(self) -> tuple[Phase, ...]:
         edges = [0, self._dense_end(), self._constant_end()]
         left = self.total_steps - self._constant_end()
         if self.type == "ladder":
@@ -77,7 +76,9 @@ class Ladder:
             share = self.share_at(first)
             if phases and phases[-1].share == share:
                 first = phases.pop().first_step
-            state = "training_dense_start" if first == 0 and share == 0 else _state(share)
+            state = _STATES.get(share, "training_ladder")
+            if first == 0 and share == 0:
+                state = "training_dense_start"
             phases.append(Phase(first_step=first, last_step=end - 1, share=share, state=state))
         return tuple(phases)
 
@@ -96,21 +97,6 @@ class Ladder:
     def _constant_end(self) -> int:
         constant = math.floor(self.sparse_share * self.total_steps)
         return min(self.total_steps, max(self._dense_end(), constant))
-
-
-@functools.lru_cache(maxsize=64)
-def _phases(ladder: Ladder) -> tuple[Phase, ...]:
-    return ladder._find_phases()
-
-
-def _state(share: float) -> str:
-    return (
-        "training_dense_finish"
-        if share == 0
-        else "training_sparse"
-        if share == 1
-        else "training_ladder"
-    )
 
 
 def layer_rates(mean_rate: float, num_layers: int, allotment: str) -> tuple[float, ...]:
