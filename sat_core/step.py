@@ -68,11 +68,16 @@ class Stepper:
         started = time.perf_counter()
         try:
             batches = self._micro_batches()
-            probe_rows = self._probe_rows(batches[0].input_ids_BT.shape[1])
-            refresh = self._choose(batches[0].rows(0, probe_rows))
+            rows = probe_rows(
+                self.config.sat,
+                self.config.batch_size,
+                batches[0].input_ids_BT.shape[1],
+                self.parts.parallel.world,
+            )
+            refresh = self._choose(batches[0].rows(0, rows))
             choice_seconds = time.perf_counter() - started
             if refresh is not None and refresh.dense_loss is not None:
-                batches = _apart(batches, probe_rows)
+                batches = _apart(batches, rows)
             result = self._gradients(batches)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -83,11 +88,6 @@ class Stepper:
         # Out here the failed forward's frames, and with them its activations, are gone.
         self._halve_micro_batch(lack)
         return None
-
-    def _probe_rows(self, width: int) -> int:
-        """Sequences of this rank that a probe looks at; all ranks together see what one process sees."""
-        config, world = self.config, self.parts.parallel.world
-        return probe_rows(config.sat, config.batch_size, width, world)
 
     def _choose(self, batch: Batch) -> Refresh | None:
         """Who is awake; once a step, however often it is tried."""
@@ -147,8 +147,9 @@ class Stepper:
             unlabelled = torch.full_like(batches[-1].labels_BT, IGNORED_LABEL)
             extra = parallel.most(len(batches)) - len(batches)
             batches = batches + extra * [batches[-1]._replace(labels_BT=unlabelled)]
-        per_batch = [int((b.labels_BT[:, 1:] != IGNORED_LABEL).sum()) for b in batches]
-        labels = max(1, int(parallel.sum(torch.tensor(sum(per_batch)))))
+        costs = [_cost(batch) for batch in batches]
+        cost = Cost.sum(costs)
+        labels = max(1, int(parallel.sum(torch.tensor(cost.labels))))
         totals, correct = [], 0
         for batch in batches:
             with parts.autocast():
@@ -164,7 +165,7 @@ class Stepper:
             norm = float(torch.nn.utils.clip_grad_norm_(parts.model.parameters(), limit))
         sums = torch.tensor([sum(totals), correct], dtype=torch.float64)
         loss, accuracy = (parallel.sum(sums) / labels).tolist()
-        tokens, flops, dense_flops = parallel.sum(self._counted(batches, sum(per_batch))).tolist()
+        tokens, flops, dense_flops = parallel.sum(self._counted(batches, cost)).tolist()
         mlp_rate, attention_rate = parts.sparsity.realised_rates()
         return StepResult(
             mlp_rate=mlp_rate,
@@ -175,17 +176,12 @@ class Stepper:
             tokens=tokens,
             flops=flops,
             dense_flops=dense_flops,
-            probed_loss=totals[0] / per_batch[0] if per_batch[0] else None,
+            probed_loss=totals[0] / costs[0].labels if costs[0].labels else None,
         )
 
-    def _counted(self, batches: list[Batch], labels: int) -> torch.Tensor:
+    def _counted(self, batches: list[Batch], cost: Cost) -> torch.Tensor:
         """Tokens, FLOPs and dense FLOPs of this rank, int64 [3]."""
         shape, widths = self.parts.sparsity.shape, self.parts.sparsity.widths
-        cost = Cost(
-            tokens=sum(b.input_ids_BT.numel() for b in batches),
-            attended_pairs=sum(_pairs(b) for b in batches),
-            labels=labels,
-        )
         tokens = sum(int(b.lengths_B.sum()) for b in batches)
         flops = [step_flops(shape, w, cost) for w in (widths, Widths.dense(shape))]
         return torch.tensor([tokens, *flops])
@@ -243,11 +239,8 @@ class Stepper:
         )
 
     def _count_probe(self, refresh: Refresh, result: StepResult, batch: Batch) -> None:
-        tokens = batch.input_ids_BT.numel()
-        labels = int((batch.labels_BT[:, 1:] != IGNORED_LABEL).sum())
-        cost = Cost(tokens=tokens, attended_pairs=_pairs(batch), labels=labels)
         shape = self.parts.sparsity.shape
-        forward = forward_flops(shape, Widths.dense(shape), cost)
+        forward = forward_flops(shape, Widths.dense(shape), _cost(batch))
         flops = self.parts.parallel.world * refresh.passes * forward
         result.flops += flops
         self.counters.probe_flops += flops
@@ -268,6 +261,7 @@ def _apart(batches: list[Batch], rows: int) -> list[Batch]:
     return [first.rows(0, rows), first.rows(rows, len(first.input_ids_BT)), *others]
 
 
-def _pairs(batch: Batch) -> int:
-    """Query-key pairs of one head under the causal mask, padding included."""
-    return batch.input_ids_BT.numel() * (batch.input_ids_BT.shape[1] + 1) // 2
+def _cost(batch: Batch) -> Cost:
+    """What the batch asks of a forward, padding included."""
+    tokens, width = batch.input_ids_BT.numel(), batch.input_ids_BT.shape[1]
+    return Cost(tokens=tokens, attended_pairs=tokens * (width + 1) // 2, labels=batch.num_labels)
