@@ -170,3 +170,27 @@ def test_the_sweeper_takes_back_what_stands_still(store: Store, quick: Settings)
         assert time.monotonic() < until
         time.sleep(0.1)
     assert claimed(store, "w2").attempt == 2
+
+
+def test_a_chat_is_claimed_apart_tells_where_it_is_and_goes_with_its_lease(store: Store) -> None:
+    asked = store.ask_chore("default", chores.CHAT, "local/tiny", {"model_version": None})
+    other = store.ask_chore("default", "preview", "file-1")
+    assert claimed(store).id == other.id
+    assert store.claim_chore("w1") is None
+    assert store.chores_waiting(chores.CHAT) == 1
+    claim = store.claim_chore("w1", chat=True)
+    assert claim is not None
+    assert claim.id == asked.id
+    store.withdraw_chore("default", asked.id)
+    place = {"url": "http://127.0.0.1:9", "token": "t"}
+    store.publish_chore(claim, place)
+    found = store.ask_chore("default", chores.CHAT, "local/tiny", {"model_version": None})
+    assert (found.id, found.status, found.result) == (asked.id, "running", place)
+    (lease,) = (lease for lease in store.chore_leases() if lease.job_id == asked.id)
+    assert store.expire_chore(lease, max_failures=3)
+    with pytest.raises(LeaseLost):
+        store.publish_chore(claim, place)
+    again = store.ask_chore("default", chores.CHAT, "local/tiny", {"model_version": None})
+    assert (again.id != asked.id, again.status, again.result) == (True, "waiting", None)
+    store.withdraw_chore("default", again.id)
+    assert not store.list_chores("default", chores.CHAT).items

@@ -147,7 +147,10 @@ def test_a_claim_respects_the_limit_of_running_jobs(store: Store, project: str) 
     running = [claimed(store, Stage.TRAIN) for _ in range(3)]
     assert [c.job.project for c in running] == [project, "default", "default"]
     assert store.claim("w", Stage.TRAIN) is None
+    assert store.waiting(Stage.TRAIN) == 1
+    assert not store.slot_wanted(Stage.TRAIN), "no slot is freed for a job that may not start"
     store.fail(running[0], {"code": "internal_error", "message": "m", "param": None})
+    assert store.slot_wanted(Stage.TRAIN)
     assert claimed(store, Stage.TRAIN).job.project == project
 
 
