@@ -1,7 +1,8 @@
 """From FLOPs to seconds and from counted bytes to a peak, by what past runs took.
 
 A run is two rates: seconds per FLOP of its dense steps and of its sparse ones, which are slower, since what sleeps saves
-products but no traffic around them. Runs of the same shape, width, batch and host give both; runs of other shapes on the
+products but no traffic around them. Beside them it takes some seconds once a phase, however long that is: to warm up, to
+choose who is awake, to move weights. Runs of the same shape, width, batch and host give both; runs of other shapes on the
 host give a wide range; without any there is no time at all, because a number from a data sheet would be taken for one.
 What was said before a run is kept with it, so how good such quotes are is shown by what they came to.
 """
@@ -35,10 +36,14 @@ Span = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Seconds per FLOP; `sparse` is None where a run had no sparse step that could be told apart."""
+    """Seconds per FLOP, and seconds that the beginning of a phase takes more than a step.
+
+    `sparse` is None where a run had no sparse step that could be told apart.
+    """
 
     dense: float
     sparse: float | None
+    begin: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +131,7 @@ def phase_speedups(phases: Sequence[dict[str, Any]], rates: Rates | None) -> lis
     return [
         None
         if _sparse(p) and rates.sparse is None
-        else p["dense_flops"] * rates.dense / _seconds([p], rates)
+        else p["dense_flops"] * rates.dense / _steady_seconds([p], rates)
         for p in phases
     ]
 
@@ -135,8 +140,8 @@ def whole_speedup(phases: Sequence[dict[str, Any]], rates: Rates | None) -> floa
     """What the run is worth in time against the same run dense."""
     if None in phase_speedups(phases, rates) or rates is None:
         return None
-    dense = float(sum(p["dense_flops"] for p in phases))
-    return dense * rates.dense / _seconds(phases, rates)
+    dense = float(sum(p["dense_flops"] for p in phases)) * rates.dense + rates.begin
+    return dense / _seconds(phases, rates)
 
 
 def _same(prepared: dict[str, Any], runs: Sequence[PastRun]) -> list[PastRun]:
@@ -166,16 +171,17 @@ def _split(run: PastRun) -> tuple[float, float]:
 
 
 def _rates(run: PastRun) -> Rates:
-    seconds, dense_run = run.summary["training_seconds"], run.summary.get("dense_seconds_estimate")
+    summary = run.summary
+    seconds, dense_run = summary["training_seconds"], summary.get("dense_seconds_estimate")
     of_dense, of_sparse = _split(run)
+    dense = dense_run / summary["dense_flops"] if dense_run else _overall(run)
     if not of_sparse:
-        return Rates(dense=seconds / of_dense, sparse=None)
-    if dense_run and run.summary["dense_flops"]:
-        dense = dense_run / run.summary["dense_flops"]
-        left = seconds - dense * of_dense
-        if left > 0:
-            return Rates(dense=dense, sparse=left / of_sparse)
-    return Rates(dense=_overall(run), sparse=_overall(run))
+        return Rates(dense=dense, sparse=None, begin=max(0.0, seconds - dense * of_dense))
+    sparse = summary.get("sparse_seconds_per_flop")
+    if not (dense_run and sparse):
+        return Rates(dense=_overall(run), sparse=_overall(run))
+    once = seconds - dense * of_dense - sparse * of_sparse
+    return Rates(dense=dense, sparse=sparse, begin=max(0.0, once) / len(run.quote["phases"]))
 
 
 def _typical(found: Sequence[Rates]) -> Rates:
@@ -183,6 +189,7 @@ def _typical(found: Sequence[Rates]) -> Rates:
     return Rates(
         dense=statistics.median(rates.dense for rates in found),
         sparse=statistics.median(sparse) if sparse else None,
+        begin=statistics.median(rates.begin for rates in found),
     )
 
 
@@ -191,6 +198,10 @@ def _sparse(phase: dict[str, Any]) -> bool:
 
 
 def _seconds(phases: Sequence[dict[str, Any]], rates: Rates) -> float:
+    return _steady_seconds(phases, rates) + len(phases) * rates.begin
+
+
+def _steady_seconds(phases: Sequence[dict[str, Any]], rates: Rates) -> float:
     sparse = rates.dense if rates.sparse is None else rates.sparse
     return float(sum(p["flops"] * (sparse if _sparse(p) else rates.dense) for p in phases))
 

@@ -24,7 +24,8 @@ class Counters:
     """What a run has done; part of every checkpoint.
 
     Seconds are of training steps only, refreshes included. `dense_seconds` over `dense_steps` is the measured price of a
-    dense step; the first step of a process, which pays for warming up, is left out. `probe_flops` are part of `flops`.
+    dense step, `sparse_seconds` over `sparse_flops` that of a sparse FLOP; the first step of a process, which pays for warming
+    up, is left out of both, and where a stage of the ladder begins of the latter. `probe_flops` are part of `flops`.
     `micro_batch_size` is 0 until memory ran out and made it smaller than the configuration's.
     """
 
@@ -36,6 +37,8 @@ class Counters:
     seconds: float = 0.0
     dense_seconds: float = 0.0
     dense_steps: int = 0
+    sparse_seconds: float = 0.0
+    sparse_flops: int = 0
     bad_steps: int = 0
     skipped_steps: int = 0
     micro_batch_size: int = 0
@@ -154,6 +157,9 @@ def summary(counters: Counters) -> dict[str, Any]:
         "trained_tokens": counters.tokens,
         "training_seconds": counters.seconds,
         "dense_seconds_estimate": dense_step * counters.step if dense_step else None,
+        "sparse_seconds_per_flop": counters.sparse_seconds / counters.sparse_flops
+        if counters.sparse_flops
+        else None,
         "flops": counters.flops,
         "dense_flops": counters.dense_flops,
         "probe_flops": counters.probe_flops,

@@ -126,6 +126,9 @@ class Stepper:
         if self._warm and result.flops == result.dense_flops:
             counters.dense_seconds += seconds
             counters.dense_steps += 1
+        elif self._warm and not (refresh is not None and refresh.stage_begins):
+            counters.sparse_seconds += seconds
+            counters.sparse_flops += result.flops
         self._warm = True
         return Made(result, refresh, rate, choice_seconds, seconds)
 

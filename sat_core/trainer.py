@@ -78,7 +78,9 @@ class Run:
         self.counters, measures = Counters(), Measures()
         if resume:
             state = checkpoint.restore(resume, self.sparsity)
-            self.counters = Counters(**{k: state[k] for k in asdict(self.counters)})
+            # A checkpoint of an earlier release counted less.
+            known = {k: state[k] for k in asdict(self.counters) if k in state}
+            self.counters = Counters(**known)
             measures = Measures.from_dict(state["measures"])
         self.stepper = Stepper(self.parts, config, train, self.counters, events)
         self.judge = Judge(self.parts, config, held, measures, events, chat=chat)

@@ -85,6 +85,19 @@ def test_a_measured_peak_replaces_the_counted_one():
     assert peak(result(), [replace(RUN, memory_bytes=None)])[0] is False
 
 
+def test_what_a_phase_costs_once_does_not_grow_with_its_length():
+    told = {"dense_seconds_estimate": 20.0, "sparse_seconds_per_flop": 0.11}
+    run = replace(RUN, summary=RUN.summary | {"training_seconds": 18.6} | told)
+    # 100 FLOPs at .1, 60 at .11, and 2 s to begin two phases.
+    assert timed(result(), [run]).seconds == pytest.approx((18.6 / 1.5, 18.6, 18.6 * 1.5))
+    longer = [{**p, "flops": 10 * p["flops"], "dense_flops": 1000} for p in PHASES]
+    (_, expected, _) = timed(result(quote=QUOTE | {"phases": longer}), [run]).seconds or (0, 0, 0)
+    assert expected == pytest.approx(100 + 66 + 2)
+    dense = [PHASES[0] | {"flops": 200, "dense_flops": 200}]
+    (_, expected, _) = timed(result(quote=QUOTE | {"phases": dense}), [run]).seconds or (0, 0, 0)
+    assert expected == pytest.approx(20 + 1)
+
+
 def test_energy_is_said_only_where_a_meter_has_told_of_it():
     assert said(result(), [RUN])["joules"] is None
     measured = replace(RUN, energy_joules=3200.0)
