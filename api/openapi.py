@@ -22,6 +22,7 @@ TAGS = {
     "models": "Base models of this machine, and the results of jobs.",
     "chat": "A few words with a model, to try it.",
     "sat": "What may be asked of Sparsity-Accelerated Training, and what a ladder would do.",
+    "integrations": "Trackers of experiments that metrics go to as well, and the secrets that workers sign in with.",
     "queue": "What waits, what runs, what is free.",
     "limits": "What this project may have at once.",
     "webhooks": "Other programs that are told of events.",

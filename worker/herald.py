@@ -106,14 +106,15 @@ class Herald:
             reached, run = line.ask({"open": self._opening(claim, job)})
             claim, sent_at = self.store.integration_sent(claim, reached, run), time.monotonic()
             while True:
+                leaving = self.stopping.is_set()
                 # The job before its rows: where it has ended, these are all.
                 job = self.store.get_job(claim.project, claim.job_id)
-                ended = job.status in TERMINAL
-                rows, more = self._rows(claim, reached)
+                ended = job.status in TERMINAL and not leaving
+                rows, more = ([], False) if leaving else self._rows(claim, reached)
                 if not (ended or more):
                     # The newest row may yet get its evaluation.
                     rows = rows[:-1]
-                stays = job.status == Status.RUNNING and not self.stopping.is_set()
+                stays = bool(rows) or (job.status == Status.RUNNING and not leaving)
                 if rows:
                     reached, _ = line.ask({"rows": rows})
                 elif not stays:
@@ -121,11 +122,10 @@ class Herald:
                 if rows or not stays or time.monotonic() - sent_at > SENDING_SECONDS / 4:
                     claim = self.store.integration_sent(claim, reached, run)
                     sent_at = time.monotonic()
-                if rows:
-                    continue
                 if not stays:
                     break
-                self.stopping.wait(self.settings.sweep_seconds)
+                if not rows:
+                    self.stopping.wait(self.settings.sweep_seconds)
         if ended:
             self.store.end_integration(claim)
         else:
