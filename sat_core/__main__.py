@@ -94,11 +94,11 @@ def _train(
     from sat_core import checkpoint
     from sat_core.parallel import Parallel
     from sat_core.step import is_out_of_memory
-    from sat_core.trainer import Stopped, train
+    from sat_core.trainer import Run, Stopped
 
     parallel = Parallel()
     try:
-        train(folder, config, events, stopping, parallel)
+        Run(folder, config, events, stopping, parallel).train()
     except Stopped:
         parallel.leave()
         saved = checkpoint.in_order(folder / "checkpoints")

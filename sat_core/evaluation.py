@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sat_core.assembly import Assembly
     from sat_core.data.corpus import Corpus
+    from sat_core.data.rendering import Renderer
     from sat_core.events import EventLog
     from sat_core.plan.config import TrainConfig
     from sat_core.progress import Counters
@@ -82,12 +83,11 @@ class Judge:
         held: Corpus,
         measures: Measures,
         events: EventLog,
-        *,
-        chat: bool,
+        renderer: Renderer | None,
     ) -> None:
-        """`chat` continues prompts as a user's turn, as fits a run that is supervised on messages."""
+        """`renderer` makes a prompt a user's turn, as fits a run that is supervised on messages; None continues it as text."""
         self.parts, self.config, self.held = parts, config, held
-        self.measures, self.events, self.chat = measures, events, chat
+        self.measures, self.events, self.renderer = measures, events, renderer
 
     def begin(self) -> None:
         """What can only be measured before the first step: the base model's own text and its samples."""
@@ -165,12 +165,11 @@ class Judge:
     def _sample(self, prompt: str, step: int) -> str:
         """Greedy continuation of `prompt`."""
         tokenizer = self.parts.tokenizer
-        text = prompt
-        if self.chat:
-            turn = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        encoded = tokenizer(text, add_special_tokens=not self.chat, return_tensors="pt")
-        ids_BT = encoded["input_ids"].to(self.parts.device)
+        if self.renderer:
+            ids = self.renderer.prompt([{"role": "user", "content": prompt}])
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        ids_BT = torch.tensor([ids], device=self.parts.device)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         out_BT = self._generate(
             ids_BT, max_new_tokens=self.config.max_new_tokens, do_sample=False, pad_token_id=pad

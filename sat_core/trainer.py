@@ -73,8 +73,7 @@ class Run:
         train, held = (Corpus(Path(config.corpus), name) for name in ("train", "validation"))
         self.figures = train.meta["figures"]
         chat = self.figures["format"] not in ("text", "prompt_completion")
-        if chat:
-            Renderer(self.parts.tokenizer)
+        renderer = Renderer(self.parts.tokenizer) if chat else None
         self.counters, measures = Counters(), Measures()
         if resume:
             state = checkpoint.restore(resume, self.sparsity)
@@ -83,7 +82,7 @@ class Run:
             self.counters = Counters(**known)
             measures = Measures.from_dict(state["measures"])
         self.stepper = Stepper(self.parts, config, train, self.counters, events)
-        self.judge = Judge(self.parts, config, held, measures, events, chat=chat)
+        self.judge = Judge(self.parts, config, held, measures, events, renderer)
         self.last_loss: float | None = None
         self._saved_step, self._state = 0, ""
 
@@ -239,19 +238,3 @@ class Run:
         if self.parts.device != "cpu":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def train(
-    folder: Path,
-    config: TrainConfig,
-    events: EventLog,
-    stopping: Callable[[], bool],
-    parallel: Parallel,
-) -> None:
-    """Run `config` to the end in `folder`.
-
-    Raises:
-        Stopped: where `stopping` turned true; a checkpoint was written.
-        PlanError: for what the person who asked can mend.
-    """
-    Run(folder, config, events, stopping, parallel).train()
