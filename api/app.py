@@ -17,6 +17,7 @@ from api import errors
 from api.auth import session_secret
 from api.chats import Chats
 from api.dashboard import pages
+from api.dashboard.reference import reference
 from api.deps import Services
 from api.drafts import PARTIAL
 from api.followers import Followers
@@ -123,6 +124,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ):
         app.include_router(router)
     pages.install(app)
+    app.include_router(reference)
     app.openapi = functools.cache(lambda: describe(app))  # type: ignore[method-assign]
     return app
 

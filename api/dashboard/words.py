@@ -1,8 +1,11 @@
 """Numbers, times and states in the words of a person; used by the templates as filters."""
 
+import re
 import time
 from datetime import UTC, datetime
 from typing import Any
+
+from markupsafe import Markup, escape
 
 DASH = "\N{EN DASH}"
 
@@ -138,7 +141,13 @@ def failure_help(code: str) -> str:
     return FAILURE_HELP.get(code, FAILURE_OTHER)
 
 
+def code(text: str) -> Markup:
+    """Text in which backticks mark code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
+
+
 FILTERS = {
+    "code": code,
     "number": number,
     "short": short,
     "flop": flop,

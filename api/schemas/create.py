@@ -164,6 +164,7 @@ def openapi_body() -> dict[str, Any]:
     }
     method = {
         "type": "object",
+        "description": "How to train, in OpenAI's words.",
         "properties": {
             "type": {"const": "supervised"},
             "supervised": {"type": "object", "properties": {"hyperparameters": hyper}},
@@ -193,7 +194,12 @@ def openapi_body() -> dict[str, Any]:
             "maxLength": SUFFIX_CHARS,
             "description": "Part of the result's name.",
         },
-        "seed": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**31 - 1},
+        "seed": {
+            "type": ["integer", "null"],
+            "minimum": 0,
+            "maximum": 2**31 - 1,
+            "description": "Decides all that is random in a run.",
+        },
         "metadata": {
             "type": ["object", "null"],
             "maxProperties": MAX_METADATA,
@@ -202,7 +208,8 @@ def openapi_body() -> dict[str, Any]:
             "description": "Words of your own; lists of jobs can be filtered by them.",
         },
         "method": method,
-        "hyperparameters": hyper | {"deprecated": True},
+        "hyperparameters": hyper
+        | {"deprecated": True, "description": "The same in an older place; auto is resolved."},
         "integrations": integrations_schema(),
         "sat": sat_json_schema(),
     }

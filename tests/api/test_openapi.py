@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from hashlib import sha256
 from importlib.resources import files
+
+import jsonschema_rs
 
 from api.errors import ERRORS
 
@@ -49,6 +52,52 @@ def test_every_documented_error_stands_in_the_table(client):
                 assert code in answer["content"]["application/json"]["examples"]
             schema = answer["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+
+
+def test_every_body_and_every_answer_has_an_example_that_fits(client):
+    document = client.get("/openapi.json").json()
+
+    def fits(schema: dict, example: object) -> None:
+        whole = schema | {"components": document["components"]}
+        jsonschema_rs.validator_for(whole).validate(example)
+
+    for operation in operations(client):
+        for kind, media in operation.get("requestBody", {}).get("content", {}).items():
+            assert media["examples"], operation["operationId"]
+            for example in media["examples"].values():
+                if kind == "application/json":
+                    fits(media["schema"], example["value"])
+        for kind, media in operation["responses"]["200"].get("content", {}).items():
+            if kind == "application/json":
+                named = media.get("examples", {})
+                refs = [example["$ref"].rpartition("/")[2] for example in named.values()]
+                shown = [document["components"]["examples"][ref]["value"] for ref in refs]
+                shown += [media["example"]] if "example" in media else []
+                assert shown, operation["operationId"]
+                for example in shown:
+                    fits(media["schema"], example)
+            elif kind == "text/event-stream":
+                assert media["example"].startswith(("id: ", "data: ", "retry: "))
+
+
+def test_every_parameter_and_operation_says_what_it_is(client):
+    document = client.get("/openapi.json").json()
+    tags = {tag["name"] for tag in document["tags"]}
+    for operation in operations(client):
+        assert operation["description"]
+        assert set(operation["tags"]) <= tags
+        for parameter in operation.get("parameters", ()):
+            assert parameter["description"], (operation["operationId"], parameter["name"])
+            assert {"type": "null"} not in parameter["schema"].get("anyOf", ())
+
+
+def test_the_reference_shows_every_operation_and_every_link_in_it_leads_somewhere(anonymous):
+    page = anonymous.get("/docs")
+    assert page.status_code == 200
+    names = set(re.findall(r'id="([^"]+)"', page.text))
+    assert {operation["operationId"] for operation in operations(anonymous)} <= names
+    assert set(re.findall(r'href="#([^"]+)"', page.text)) <= names
+    assert "sat.omission_rate.mlp" in page.text
 
 
 def test_the_sat_object_is_described_with_its_ranges(client):

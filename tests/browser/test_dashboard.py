@@ -87,6 +87,14 @@ def test_list_and_pages_of_every_kind_are_clean(seen, app):
         seen.check()
 
 
+def test_the_reference_is_clean(seen):
+    seen.open("/docs")
+    for name in ("createFineTuningJob", "object-FineTuningJob"):
+        seen.page.locator(f"#{name} summary").click()
+    seen.page.get_by_text("sat.omission_rate.mlp").first.wait_for()
+    seen.check()
+
+
 def test_a_running_job_is_followed_to_its_end_without_reload(seen, app):
     services = app.state.services
     job = new_job(services)
