@@ -50,7 +50,9 @@ ARMS: dict[str, dict[str, Any]] = {
         **CONSTANT,
     },
 }
-EACH_STEP = "MLP .5, heads .5, chosen each step"
+BOTH, EACH_STEP = "MLP .5, heads .5", "MLP .5, heads .5, chosen each step"
+# What choosing costs differs little from step to step, and an arm that does it each step is slow.
+CHOOSING_STEPS = 3
 GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear")
 
 
@@ -79,41 +81,44 @@ def whole_steps(
     try:
         for arm in arms:
             arm.advance()
-        seconds = in_turn(arms, steps)
         by_name = {arm.name: arm for arm in arms}
+        seconds = in_turn([arm for arm in arms if arm.name != EACH_STEP], steps)
+        pair = in_turn([by_name[BOTH], by_name[EACH_STEP]], CHOOSING_STEPS)
+        choosing = statistics.median(
+            e - s for e, s in zip(pair[EACH_STEP], pair[BOTH], strict=True)
+        )
         parts = {name: breakdown(by_name[name], rounds=2) for name in ("dense", "MLP .5")}
-        return efficiencies(by_name, seconds), {"seconds": seconds, "breakdown": parts}
+        figures = efficiencies(by_name, seconds, max(0.0, choosing))
+        return figures, {"seconds": seconds, "choosing_seconds": choosing, "breakdown": parts}
     finally:
         for arm in arms:
             arm.close()
 
 
 def efficiencies(
-    arms: dict[str, SatuneArm], seconds: dict[str, list[float]]
+    arms: dict[str, SatuneArm], seconds: dict[str, list[float]], choosing: float
 ) -> list[dict[str, Any]]:
-    """Speed-up, bound and efficiency without refresh and at each refresh period."""
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    """Speed-up, bound and efficiency without refresh and at each refresh period; `choosing` is what a refresh takes."""
+    dense = statistics.median(seconds["dense"])
     figures = []
-    for name in ("MLP .5", "MLP .5, heads .5"):
+    for name in ("MLP .5", BOTH):
         bound = flop_bound(arms[name])
-        low, high = ratio_spread(seconds["dense"], seconds[name])
-        speedup = medians["dense"] / medians[name]
+        low, speedup, high = ratio_quartiles(seconds["dense"], seconds[name])
         figures += [
             figure(f"speed-up of a step, {name}", speedup, "x", spread=(low, high)),
             figure(f"bound by counted FLOPs, {name}", bound, "x"),
         ]
-        # What choosing anew adds to a step is measured where every step does it.
-        extra = max(0.0, medians[EACH_STEP] - medians["MLP .5, heads .5"])
         for period in REFRESH_PERIODS:
-            with_refresh = medians[name] + extra / period
-            efficiency = (medians["dense"] / with_refresh - 1) / (bound - 1)
+            # Seconds for each second of a dense step, so that the three stand on one scale.
+            share = choosing / period / dense
+            found = [(1 / (1 / s + share) - 1) / (bound - 1) for s in (low, speedup, high)]
             figures.append(
                 figure(
                     f"efficiency, {name}, refresh {period}",
-                    efficiency,
+                    found[1],
                     "",
                     EFFICIENCY_BAR if period == 50 else None,
-                    spread=tuple((s - 1) / (bound - 1) for s in (low, high)),
+                    spread=(found[0], found[2]),
                 )
             )
     return figures
@@ -125,11 +130,11 @@ def flop_bound(arm: SatuneArm) -> float:
     return counters.dense_flops / (counters.flops - counters.probe_flops)
 
 
-def ratio_spread(dense: list[float], sparse: list[float]) -> tuple[float, float]:
-    """Quartiles of the ratios of steps that were made next to each other."""
+def ratio_quartiles(dense: list[float], sparse: list[float]) -> tuple[float, float, float]:
+    """Quartiles of the ratios of steps that were made next to each other: what slows both leaves them as they are."""
     ratios = [d / s for d, s in zip(dense, sparse, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return low, high
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return low, middle, high
 
 
 @contextlib.contextmanager
@@ -204,8 +209,7 @@ def one_layer(
                         seconds[rate].append(taken)
             for rate in rates:
                 bound = layer_bound(*layers[rate], count)
-                low, high = ratio_spread(seconds[0.0], seconds[rate])
-                speedup = statistics.median(seconds[0.0]) / statistics.median(seconds[rate])
+                low, speedup, high = ratio_quartiles(seconds[0.0], seconds[rate])
                 rows.append(
                     {
                         "hidden": hidden,

@@ -1,6 +1,6 @@
 """Whole runs beside those of other libraries: the same model, data, batch, precision and optimizer, in one run.
 
-    python benchmarks/peers.py [--json FILE] [--plot FILE] [--steps N]
+    python benchmarks/peers.py [--json FILE] [--plot FILE] [--steps N] [--libraries NAME ...]
 
 Satune dense and at its presets `balanced` and `fast` with ladder and dense start, Hugging Face's Trainer, TRL's SFTTrainer
 and PEFT's LoRA on the Trainer, advancing in turn. Peak memory and the time to the first step are taken from a process of
@@ -43,6 +43,8 @@ SATUNE: dict[str, dict[str, Any]] = {
     "Satune balanced": {"mode": "on"},
     "Satune fast": {"mode": "on", "preset": "fast"},
 }
+TRAINER, SFT, LORA = "HF Trainer", "TRL SFTTrainer", "PEFT LoRA 16"
+BESIDE = {"Satune dense": (TRAINER, SFT), "Satune balanced": (LORA,)}
 # One rate from the first step on: a step's memory, not the dense start's.
 SPARSE_STEP = {
     "omission_rate": {"mlp": 0.5, "attention": 0.5},
@@ -126,15 +128,17 @@ def trainer_builders(
             SFTTrainer(model=model(), args=arguments, train_dataset=data, callbacks=callbacks)
         )
 
-    return {"HF Trainer": stock, "TRL SFTTrainer": supervised, "PEFT LoRA 16": lora}
+    return {TRAINER: stock, SFT: supervised, LORA: lora}
 
 
-def whole_runs(shape: Shape, steps: int, work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def whole_runs(
+    shape: Shape, steps: int, work: Path, libraries: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Every arm from its first step to its last, ladder and dense start included."""
     configs = {name: config_of(name, sat, shape, steps, work) for name, sat in SATUNE.items()}
     ours = [SatuneArm(name, config, work) for name, config in configs.items()]
     builders = trainer_builders(shape, steps, work, Path(configs["Satune dense"].corpus))
-    others = [TrainerArm(name, build) for name, build in builders.items()]
+    others = [TrainerArm(name, builders[name]) for name in libraries]
     arms = [*ours, *others]
     try:
         seconds = in_turn(arms, steps)
@@ -159,22 +163,21 @@ def whole_runs(shape: Shape, steps: int, work: Path) -> tuple[list[dict[str, Any
             figure(f"whole run, {name} over Satune dense", dense / totals[name], "x", bar),
             figure("its bound by counted FLOPs", counters.dense_flops / counters.flops, "x"),
         ]
-    paired = [t / d for t, d in zip(seconds["HF Trainer"], seconds["Satune dense"], strict=True)][
-        1:
-    ]
-    quartiles = statistics.quantiles(paired, n=4)
-    figures += [
-        figure("Satune dense over HF Trainer", statistics.median(paired), "x", 1.0, spread=(quartiles[0], quartiles[2])),
-        figure("Satune dense over TRL SFTTrainer", totals["TRL SFTTrainer"] / dense, "x"),
-        figure("Satune balanced over PEFT LoRA", totals["PEFT LoRA 16"] / totals["Satune balanced"], "x"),
+    for ours_name, theirs in BESIDE.items():
+        for name in (n for n in theirs if n in libraries):
+            pairs = zip(seconds[name][1:], seconds[ours_name][1:], strict=True)
+            low, middle, high = statistics.quantiles([t / o for t, o in pairs], n=4)
+            bar = 1.0 if name == TRAINER else None
+            figures.append(figure(f"{ours_name} over {name}", middle, "x", bar, spread=(low, high)))
+    figures.append(
         figure(
             f"sweeps, probes and refreshes, share of a balanced run of {steps} steps",
             100 * sum(choices["Satune balanced"]) / totals["Satune balanced"],
             "%",
             2.0,
             "lower",
-        ),
-    ]  # fmt: skip
+        )
+    )
     return figures, {"seconds": seconds, "choice_seconds": choices}
 
 
@@ -219,7 +222,7 @@ def _trim() -> None:
 def memory() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Peak memory and time to the first step of each arm, each in a process of its own."""
     found = {}
-    for arm in ("dense", "sparse", "HF Trainer", "TRL SFTTrainer", "PEFT LoRA 16"):
+    for arm in ("dense", "sparse", TRAINER, SFT, LORA):
         made = subprocess.run(
             [sys.executable, __file__, "--alone", arm], capture_output=True, text=True, check=True
         )
@@ -255,6 +258,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--plot", type=Path, help="write a plot here")
     parser.add_argument("--steps", type=int, default=100, help="steps of the whole runs")
+    parser.add_argument(
+        "--libraries", nargs="+", choices=[TRAINER, SFT, LORA], default=[TRAINER, SFT, LORA], help="beside which"
+    )  # fmt: skip
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
@@ -262,7 +268,7 @@ def main() -> None:
         return
     shape = Shape(layers=4, rows=2)
     with tempfile.TemporaryDirectory() as folder:
-        figures, details = whole_runs(shape, args.steps, Path(folder))
+        figures, details = whole_runs(shape, args.steps, Path(folder), args.libraries)
     more, processes = memory() if not torch.cuda.is_available() else ([], {})
     figures += more
     print(table(figures))
