@@ -116,7 +116,8 @@ class Chats:
         if training < slots and not late:
             return
         self._store.withdraw_chore(chat.project, chat.id)
-        why = f"{training} of {slots} slots train" if slots else "no worker with a slot is alive"
+        others = "" if training >= slots else ", and models that answer hold the rest"
+        why = f"{training} of {slots} slots train{others}" if slots else "no worker is alive"
         raise ApiError(
             "gpu_busy",
             f"No slot is free to load {chat.subject}: {why}. Training comes first; try again later.",

@@ -309,7 +309,13 @@ def chat(config: dict[str, Any], events: EventLog) -> None:
         )
     model = config["model"]
     events.state("loading_model", f"Loading {model['name']}")
-    speaker = Speaker(model["path"] or model["name"], revision=model["revision"])
+    try:
+        speaker = Speaker(model["path"] or model["name"], revision=model["revision"])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"Memory ran out while {model['name']} was loaded: {error}."
+        raise PlanError(message, "model", code="out_of_memory") from error
     with _Server(config["host"], config["token"], speaker, events) as server:
         events.emit("listening", port=server.server_port)
         server.serve_forever()

@@ -18,7 +18,7 @@ from jobs.store import Store
 log = logging.getLogger(__name__)
 
 TIDY_SECONDS = 60.0
-# The folder of a chore goes with its runner; this is for runners that were killed. No chore lasts as long.
+# The folder of a chore goes with its runner; this is for runners that were killed. No chore but a chat lasts as long.
 STALE_CHORE_SECONDS = 6 * 3600
 
 
@@ -41,7 +41,9 @@ class Janitor:
         for upload_id in self.store.expire_uploads():
             shutil.rmtree(self.artifacts.upload(upload_id), ignore_errors=True)
             log.info("Upload %s has expired", upload_id)
+        held = {lease.job_id for lease in self.store.chore_leases()}
         for folder in self.artifacts.chores.glob("*/"):
             with suppress(FileNotFoundError):
-                if time.time() - folder.stat().st_mtime > STALE_CHORE_SECONDS:
+                old = time.time() - folder.stat().st_mtime > STALE_CHORE_SECONDS
+                if old and folder.name not in held:
                     shutil.rmtree(folder, ignore_errors=True)

@@ -34,7 +34,6 @@ class Running:
             base_url=str(client.base_url.join("/v1")), api_key=KEY, _strict_response_validation=True
         )
         self.store = Store(make_engine(settings))
-        eventually(self.store.workers, seconds=60)
 
     def chats(self) -> list[psutil.Process]:
         return [p for p in self.worker.children() if "chat" in p.cmdline()]
@@ -57,6 +56,7 @@ def running(settings: Settings) -> Iterator[Running]:
     with api(settings) as client:
         found = Running(settings, client)
         try:
+            eventually(found.store.workers, seconds=60)
             yield found
         finally:
             found.close()
@@ -200,6 +200,7 @@ def test_an_idle_model_is_unloaded_and_its_row_goes(settings: Settings) -> None:
     with api(idle) as client:
         running = Running(idle, client)
         try:
+            eventually(running.store.workers, seconds=60)
             talking = threading.Thread(target=ask, args=(running,))
             talking.start()
             eventually(lambda: running.store.list_chores("default", "chat").items, seconds=20)
