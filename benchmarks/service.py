@@ -1,6 +1,6 @@
 """What the service takes and what it costs: polls while a job trains, rows, submissions, and the time training loses to it.
 
-    python benchmarks/service.py [--quick] [--json FILE] [--work DIR] [--only polls overhead tracking]
+    python benchmarks/service.py [--quick] [--json FILE] [--work DIR] [--only polls overhead scale tracking]
 
 Satune's own processes, as `satune up` starts them, on SQLite and on PostgreSQL; MLflow's tracking server beside them in the
 same run, in a virtual environment that is made in the work folder. Arms take turns, and figures are medians with their
@@ -11,6 +11,7 @@ nice 10, as the worker starts its children, so that the difference is the servic
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import tracking
+from benchmarks import scale, tracking
 from benchmarks.load import trivial_server
 from benchmarks.polls import measure
 from benchmarks.report import figure, median, table, write
@@ -46,7 +47,7 @@ from jobs.settings import Settings
 from jobs.store import Store
 from worker.child import NICENESS
 
-PARTS = ("polls", "overhead", "tracking")
+PARTS = ("polls", "overhead", "scale", "tracking")
 OVERHEAD_BAR = 1.0
 TERMINAL = ("succeeded", "failed", "cancelled")
 BOTH = ("SQLite", "PostgreSQL")
@@ -64,14 +65,16 @@ class Size:
     # Of those that are there: where polls are measured, and where MLflow is started.
     polled: tuple[str, ...]
     rivalled: tuple[str, ...]
+    scaled: tuple[str, ...]
     whole: bool
 
 
-FULL = Size(rounds=3, poll_seconds=5, pairs=3, training_seconds=36, polled=BOTH, rivalled=BOTH, whole=True)  # fmt: skip
-QUICK = Size(rounds=2, poll_seconds=2, pairs=2, training_seconds=14, polled=BOTH[:1], rivalled=BOTH[:1], whole=False)  # fmt: skip
+# Twelve minutes and six on two quiet cores.
+FULL = Size(rounds=3, poll_seconds=3, pairs=3, training_seconds=20, polled=BOTH, rivalled=BOTH, scaled=BOTH, whole=True)  # fmt: skip
+QUICK = Size(rounds=2, poll_seconds=2, pairs=2, training_seconds=14, polled=BOTH[:1], rivalled=BOTH[:1], scaled=(), whole=False)  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class Bench:
     """Where things lie, and the material that all parts share."""
 
@@ -83,10 +86,17 @@ class Bench:
 
     @contextmanager
     def server(
-        self, name: str, database: str, *, worker: bool, threads: int | None = None
+        self,
+        name: str,
+        database: str,
+        *,
+        worker: bool,
+        threads: int | None = None,
+        streams: int = 20,
     ) -> Iterator[Server]:
         """Satune on a data folder `name`, kept until the end of the benchmark."""
-        environment = {"SATUNE_MODEL_ROOTS": str(self.scratch / "material" / "models")}
+        models = str(self.scratch / "material" / "models")
+        environment = {"SATUNE_MODEL_ROOTS": models, "SATUNE_STREAMS_PER_KEY": str(streams)}
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         url = self.databases[database](f"satune_{name}")
@@ -246,6 +256,17 @@ def _alone(bench: Bench, config: dict[str, Any]) -> tuple[float, dict[str, Any]]
     return wall, last["summary"]
 
 
+# Long lists, a long run, many who listen
+
+
+def scaled(bench: Bench, database: str) -> Figures:
+    name = f"scale_{database.lower()}"
+    with bench.server(name, database, worker=False, streams=scale.LISTENERS) as server:
+        prepared, lines, _ = _a_run(bench)
+        material = tracking.Material(bench.body(server, steps=200), prepared, lines)
+        return scale.measure(server, material, database=database)
+
+
 # Beside MLflow
 
 
@@ -272,11 +293,12 @@ def beside_mlflow(bench: Bench) -> Figures:
             material = tracking.Material(bench.body(ours, steps=200), prepared, lines)
             figures += tracking.compare(
                 ours, theirs, material, database=database, rounds=bench.size.rounds,
-                seconds=min(bench.size.poll_seconds, 3), whole=bench.size.whole,
+                seconds=2, whole=bench.size.whole,
             )  # fmt: skip
     return figures
 
 
+@functools.cache
 def _a_run(bench: Bench) -> tuple[dict[str, Any], list[str], float]:
     """What `prepare` made of a job, the metrics lines of its training, and how many the worker wrote at a time."""
     with bench.server("rows", "SQLite", worker=True) as server:
@@ -316,6 +338,10 @@ def main() -> None:
                     figures += polls(bench, database)
         if "overhead" in args.only:
             figures += overhead(bench)
+        if "scale" in args.only:
+            for database in size.scaled:
+                if database in databases:
+                    figures += scaled(bench, database)
         if "tracking" in args.only:
             figures += beside_mlflow(bench)
         disk = max((p for p in psutil.disk_partitions(all=True) if scratch.is_relative_to(p.mountpoint)), key=lambda p: len(p.mountpoint))  # fmt: skip

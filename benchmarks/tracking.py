@@ -47,6 +47,21 @@ class Material:
     lines: Sequence[str]
 
 
+def claimed(store: Store, material: Material) -> Claim:
+    """A new job, prepared, and claimed for training."""
+    body = material.body
+    new = NewJob(
+        request=material.prepared["request"], model=body["model"], training_file=body["training_file"], seed=1
+    )  # fmt: skip
+    store.create_job(PROJECT, new)
+    preparing = store.claim("benchmark", Stage.PREPARE)
+    assert preparing is not None
+    store.finish_prepare(preparing, material.prepared)
+    training = store.claim("benchmark", Stage.TRAIN)
+    assert training is not None
+    return training
+
+
 class OwnWriters:
     """Claimed jobs of a Satune database, into which threads record as the worker's do."""
 
@@ -55,22 +70,8 @@ class OwnWriters:
         self.engine = make_engine(settings)
         self.store = Store(self.engine)
         self.lines = material.lines
-        self.claims = [self._claimed(material) for _ in range(max(WRITERS))]
+        self.claims = [claimed(self.store, material) for _ in range(max(WRITERS))]
         self.steps = {claim.job_id: itertools.count(1) for claim in self.claims}
-
-    def _claimed(self, material: Material) -> Claim:
-        body = material.body
-        new = NewJob(
-            request=material.prepared["request"], model=body["model"], training_file=body["training_file"],
-            validation_file=None, suffix=None, seed=1, metadata={},
-        )  # fmt: skip
-        self.store.create_job(PROJECT, new)
-        preparing = self.store.claim("benchmark", Stage.PREPARE)
-        assert preparing is not None
-        self.store.finish_prepare(preparing, material.prepared)
-        training = self.store.claim("benchmark", Stage.TRAIN)
-        assert training is not None
-        return training
 
     def rows_per_second(self, seconds: float, batch: int, writers: int) -> float:
         """Rows that `writers` threads bring into the database in batches."""

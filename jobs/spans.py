@@ -9,7 +9,7 @@ PostgreSQL still takes a quarter of a second to read it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -48,17 +48,20 @@ def summarise(session: Session, job_id: str, steps: Iterable[int]) -> None:
         session.execute(
             delete(MetricSpanRow).where(MetricSpanRow.job_id == job_id, MetricSpanRow.span == span)
         )
-        known = [(loss, step) for step, loss, _, _ in found if loss is not None and step >= first]
-        if known:
-            rates = {(mlp, attention) for _, _, mlp, attention in found}
-            session.add(_row(job_id, span, known, rates))
+        made = span_row(job_id, span, found)
+        if made is not None:
+            session.add(made)
 
 
-def _row(
-    job_id: str, span: int, known: list[tuple[float, int]], rates: set[tuple[Any, ...]]
-) -> MetricSpanRow:
+def span_row(job_id: str, span: int, rows: Sequence[Sequence[Any]]) -> MetricSpanRow | None:
+    """The span of rows (step, loss, both omission rates), which begin one step before it; None where no loss is known."""
+    known = [
+        (loss, step) for step, loss, _, _ in rows if loss is not None and span_of(step) == span
+    ]
+    if not known:
+        return None
     low, high = min(known), max(known)
-    rates.discard((None, None))
+    rates = {(mlp, attention) for _, _, mlp, attention in rows} - {(None, None)}
     return MetricSpanRow(
         job_id=job_id,
         span=span,
