@@ -18,7 +18,7 @@ COPY sat_core sat_core
 ENV PYTHONPATH=/app
 USER satune
 EXPOSE 8000
-CMD ["python", "-m", "uvicorn", "--factory", "api.app:create_app", "--host", "0.0.0.0", "--port", "8000", "--timeout-graceful-shutdown", "5"]
+CMD ["python", "-m", "uvicorn", "--factory", "api.app:create_app", "--host", "0.0.0.0", "--port", "8000", "--no-access-log", "--timeout-graceful-shutdown", "5"]
 
 FROM base AS worker
 ARG ACCELERATOR=cpu
