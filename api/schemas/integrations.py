@@ -4,6 +4,7 @@
 a worker connects to is its operator's choice, and what it signs in with is a secret of the project.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,14 +32,17 @@ def check_integrations(value: Any) -> tuple[dict[str, Any], ...]:
         if kind not in TYPES:
             raise _wrong(f"{param}.type", kind, f"one of {', '.join(TYPES)}")
         if kind in found:
-            raise _wrong(f"{param}.type", kind, "each type once")
+            raise ApiError(
+                "conflicting_parameters",
+                f"{param}.type is {kind!r} again; give each type once.",
+                f"{param}.type",
+            )
         refuse_unknown([f"{param}.{k}" for k in entry], [f"{param}.type", f"{param}.{kind}"])
-        found[kind] = _settings(entry.get(kind), kind, f"{param}.{kind}")
+        found[kind] = _settings(entry.get(kind, {}), kind, f"{param}.{kind}")
     return tuple({"type": kind, kind: settings} for kind, settings in found.items())
 
 
 def _settings(value: Any, kind: str, param: str) -> dict[str, Any]:
-    value = {} if value is None else value
     if not isinstance(value, dict):
         raise _wrong(param, value, "an object")
     refuse_unknown([f"{param}.{k}" for k in value], [f"{param}.{k}" for k in _FIELDS[kind]])
@@ -58,8 +62,15 @@ def _wrong(param: str, value: Any, allowed: str) -> ApiError:
     return ApiError("invalid_value", f"{param} is {value!r:.100}; allowed is {allowed}.", param)
 
 
+# No control characters, and no halves of characters, which no database keeps.
+_SHOWN = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]+")
+_OWN = ("mlflow.", "satune.")
+
+
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and 1 <= len(value) <= MAX_CHARS
+    return (
+        isinstance(value, str) and len(value) <= MAX_CHARS and _SHOWN.fullmatch(value) is not None
+    )
 
 
 def _texts(value: Any) -> bool:
@@ -70,14 +81,20 @@ def _pairs(value: Any) -> bool:
     if not isinstance(value, dict) or len(value) > MAX_TAGS:
         return False
     # What MLflow itself keeps under such names would change the run.
-    return all(_text(k) and _text(v) and not k.startswith(("mlflow.", "satune.")) for k, v in value.items())  # fmt: skip
+    return all(_text(k) and _text(v) and not k.startswith(_OWN) for k, v in value.items())  # fmt: skip
 
 
-_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_CHARS}
-_TEXT = (_text, f"a string of 1 to {MAX_CHARS} characters")
+_STRING = {"type": "string", "maxLength": MAX_CHARS, "pattern": r"^[^\x00-\x1f\x7f]+$"}
+_TEXT = (_text, f"a string of 1 to {MAX_CHARS} characters that can be seen")
 _ANY = (*_TEXT, False, _STRING)
 _TAGS = {"type": "array", "maxItems": MAX_TAGS, "items": _STRING}
-_PAIRS = {"type": "object", "maxProperties": MAX_TAGS, "additionalProperties": _STRING}
+_NAMES = {**_STRING, "pattern": r"^(?!mlflow\.|satune\.)[^\x00-\x1f\x7f]+$"}
+_PAIRS = {
+    "type": "object",
+    "maxProperties": MAX_TAGS,
+    "propertyNames": _NAMES,
+    "additionalProperties": _STRING,
+}
 # Of each field: its check, what is allowed in words, whether it must be there, its JSON Schema.
 _Field = tuple[Callable[[Any], bool], str, bool, dict[str, Any]]
 _FIELDS: dict[str, dict[str, _Field]] = {
