@@ -42,6 +42,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 _TOOLS_OF_MESSAGES = ("tool_calls", "tool_call_id", "function_call", "audio", "refusal")
+_STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOP: list[Any] = [
+    _STOP_TEXT,
+    {"type": "array", "items": _STOP_TEXT, "maxItems": MAX_STOP},
+    {"type": "null"},
+]
 # Those that say nothing of the answer.
 PASSED_OVER = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
@@ -105,7 +111,7 @@ class ChatBody(Body):
     )
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    stop: str | list[str] | None = None
+    stop: str | list[str] | None = Field(None, json_schema_extra={"anyOf": _STOP})
     # As far as integers are exact in JSON.
     seed: int | None = Field(None, ge=-(2**53), le=2**53)
 
