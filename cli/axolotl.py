@@ -13,7 +13,7 @@ from cli.rules import (
     OWN_TEMPLATE,
     SCHEDULES,
     Rule,
-    Told,
+    Translation,
     apply,
     batch,
     choose,
@@ -21,6 +21,7 @@ from cli.rules import (
     note,
     only,
     optimizer,
+    own_settings,
     refuse,
     split,
     switch,
@@ -77,60 +78,62 @@ NOT_NEEDED = frozenset(
 )  # fmt: skip
 
 
-def from_axolotl(found: Mapping[str, Any]) -> Told:
+def from_axolotl(found: Mapping[str, Any]) -> Translation:
     """What a configuration asks for."""
-    told = Told()
-    apply(told, found, RULES, NOT_NEEDED)
-    batch(told, found, "micro_batch_size", "gradient_accumulation_steps")
-    warmup(told, found)
+    result = Translation()
+    apply(result, found, RULES, NOT_NEEDED)
+    batch(result, found, "micro_batch_size", "gradient_accumulation_steps")
+    warmup(result, found)
     wandb = {name: found[f"wandb_{name}"] for name in WANDB if found.get(f"wandb_{name}")}
     if "project" in wandb:
-        told.track("wandb", wandb)
+        result.track("wandb", wandb)
     if experiment := found.get("mlflow_experiment_name"):
         name = found.get("mlflow_run_name")
-        told.track("mlflow", {"experiment": experiment, **({"name": name} if name else {})})
+        result.track("mlflow", {"experiment": experiment, **({"name": name} if name else {})})
     if found.get("use_tensorboard"):
-        told.track("tensorboard", {})
-    return told
+        result.track("tensorboard", {})
+    own_settings(result, found)
+    return result
 
 
-def _datasets(told: Told, key: str, value: Any) -> None:
-    files = [_file(told, f"{key}.{i}", entry) for i, entry in enumerate(value or [])]
-    if not files:
+def _datasets(result: Translation, key: str, value: Any) -> None:
+    if not (isinstance(value, list) and value and all(isinstance(e, Mapping) for e in value)):
+        result.refused[key] = "it is a list of objects with a path each"
         return
+    files = [_file(result, f"{key}.{i}", entry) for i, entry in enumerate(value)]
     if key == "test_datasets":
-        told.put("validation_file", files[0])
+        result.put("validation_file", files[0])
         if files[1:]:
-            told.untold[key] = "there is one validation file; join them"
+            result.refused[key] = "there is one validation file; join them"
         return
-    told.put("training_file", files[0])
+    result.put("training_file", files[0])
     if files[1:]:
-        told.put("sat.data.mix", [{"file": file, "weight": BY_ROWS} for file in files[1:]])
+        result.put("sat.data.mix", [{"file": file, "weight": BY_ROWS} for file in files[1:]])
 
 
-def _file(told: Told, place: str, entry: Mapping[str, Any]) -> str:
+def _file(result: Translation, place: str, entry: Mapping[str, Any]) -> str:
     kind = entry.get("type")
     if not (kind is None or (isinstance(kind, str) and kind.split(".")[0] in ROW_TYPES)):
-        told.untold[f"{place}.type"] = (
+        result.refused[f"{place}.type"] = (
             f"{kind!r} is not known here; rows are messages, conversations, prompt and completion, Alpaca's, or text"
         )
     for name, value in entry.items():
         if name in ("path", "type", "data_files") or value is None or value in USUAL.get(name, ()):
             continue
-        told.untold[f"{place}.{name}"] = (
+        result.refused[f"{place}.{name}"] = (
             f"{value!r} is not known here; bring the rows to messages, or another form that is read as it is"
         )
     files = entry.get("data_files")
     if isinstance(files, list):
         if len(files) != 1:
-            told.untold[f"{place}.data_files"] = "one file an entry; join them"
+            result.refused[f"{place}.data_files"] = "one file an entry; join them"
         files = files[0] if files else None
     return str(files or entry.get("path"))
 
 
-def _template(told: Told, key: str, value: Any) -> None:
+def _template(result: Translation, key: str, value: Any) -> None:
     if value != "tokenizer_default":
-        told.noted[key] = OWN_TEMPLATE
+        result.noted[key] = OWN_TEMPLATE
 
 
 RULES: dict[str, Rule] = COMMON | {

@@ -272,10 +272,9 @@ def _message(response: httpx.Response) -> str:
     try:
         error = response.json()["error"]
         lines = [str(error["message"])]
-        for problem in (error.get("problems") or [])[:10]:
-            lines.append(
-                f"  line {problem['line']}{problem.get('pointer') or ''}: {problem['message']}"
-            )
+        rows = [problem for problem in error.get("problems") or [] if "line" in problem]
+        for row in rows[:10]:
+            lines.append(f"  line {row['line']}{row.get('pointer') or ''}: {row['message']}")
         return "\n".join(lines)
     except (ValueError, KeyError, TypeError):
         return f"The server answered {response.status_code}: {response.text[:200]}"

@@ -1,4 +1,4 @@
-"""A job file: the create body as YAML, read by the rules of YAML 1.2, or a file of another trainer told in its words.
+"""A job file: the create body as YAML, read by the rules of YAML 1.2, or a file of another trainer, translated.
 
 PyYAML follows YAML 1.1, where `mode: off` is false and `2e-5` a text; both are traps in a file of training settings, so
 the loader here has the scalars of YAML 1.2, and refuses a key that is given twice.
@@ -57,7 +57,7 @@ def read(path: Path, *, lenient: bool) -> tuple[dict[str, Any], list[str]]:
     """The create body that a job file asks for, and warnings. Files in it are named as the file names them.
 
     Raises:
-        CliError: where it cannot be read, is no YAML mapping, or is another trainer's and says what cannot be told here.
+        CliError: where it cannot be read, is no YAML mapping, or is another trainer's and has what is refused.
     """
     found = _mapping(path)
     return translated(found, folder_of(path), lenient=lenient)

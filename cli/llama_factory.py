@@ -14,14 +14,16 @@ from cli.rules import (
     OWN_TEMPLATE,
     SCHEDULES,
     Rule,
-    Told,
+    Translation,
     apply,
     batch,
     choose,
+    is_number,
     linear,
     note,
     only,
     optimizer,
+    own_settings,
     refuse,
     split,
     switch,
@@ -57,36 +59,39 @@ NOT_NEEDED = frozenset(
 )  # fmt: skip
 
 
-def from_llama_factory(found: Mapping[str, Any], folder: Path) -> Told:
+def from_llama_factory(found: Mapping[str, Any], folder: Path) -> Translation:
     """What arguments ask for; `folder` is that of the file, beside which data sets are looked for."""
-    told = Told()
-    apply(told, found, RULES, NOT_NEEDED)
-    batch(told, found, "per_device_train_batch_size", "gradient_accumulation_steps")
-    warmup(told, found)
+    result = Translation()
+    apply(result, found, RULES, NOT_NEEDED)
+    batch(result, found, "per_device_train_batch_size", "gradient_accumulation_steps")
+    warmup(result, found)
     if found.get("finetuning_type", "lora") == "lora":
-        told.put("sat.train.tuning", "lora")
-        told.body["sat"]["train"].setdefault("lora_alpha", 2 * int(found.get("lora_rank") or 8))
+        result.put("sat.train.tuning", "lora")
+        rank = found.get("lora_rank", 8)
+        if found.get("lora_alpha") is None and is_number(rank):
+            result.put("sat.train.lora_alpha", 2 * rank)
     if found.get("neat_packing"):
-        told.put("sat.data.packing", "separate")
-    _trackers(told, found)
+        result.put("sat.data.packing", "separate")
+    _trackers(result, found)
     for key in ("dataset", "eval_dataset"):
-        files = [_file(told, key, name, found, folder) for name in _names(found.get(key))]
+        files = [_file(result, key, name, found, folder) for name in _names(found.get(key))]
         if not files:
             continue
-        told.put("training_file" if key == "dataset" else "validation_file", files[0])
+        result.put("training_file" if key == "dataset" else "validation_file", files[0])
         if files[1:] and key == "dataset":
-            told.put("sat.data.mix", [{"file": file, "weight": BY_ROWS} for file in files[1:]])
+            result.put("sat.data.mix", [{"file": file, "weight": BY_ROWS} for file in files[1:]])
         elif files[1:]:
-            told.untold[key] = "there is one validation file; join them"
-    return told
+            result.refused[key] = "there is one validation file; join them"
+    own_settings(result, found)
+    return result
 
 
 def _names(value: Any) -> list[str]:
-    names = value.split(",") if isinstance(value, str) else value or []
-    return [str(name).strip() for name in names]
+    names = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(name).strip() for name in names if name]
 
 
-def _file(told: Told, key: str, name: str, found: Mapping[str, Any], folder: Path) -> str:
+def _file(result: Translation, key: str, name: str, found: Mapping[str, Any], folder: Path) -> str:
     """The file of a data set that is named in dataset_info.json; a name that is not is taken for a file's own."""
     given = Path(str(found.get("dataset_dir") or "data"))
     places = [place for place in (folder / given, given) if (place / "dataset_info.json").is_file()]
@@ -100,7 +105,7 @@ def _file(told: Told, key: str, name: str, found: Mapping[str, Any], folder: Pat
     if not isinstance(entry, dict):
         return name
     if "file_name" not in entry:
-        told.untold[key] = f"{name} lies on a hub; download it and name the file"
+        result.refused[key] = f"{name} lies on a hub; download it and name the file"
         return name
     strange = {
         column: value
@@ -108,24 +113,24 @@ def _file(told: Told, key: str, name: str, found: Mapping[str, Any], folder: Pat
         if value not in USUAL_COLUMNS.get(column, ())
     }
     if strange or entry.get("ranking"):
-        told.untold[key] = (
+        result.refused[key] = (
             f"rows of {name} have {strange or 'preferences'}; bring them to messages, or to instruction, input, output"
         )
     return str((places[0] / str(entry["file_name"])).absolute())
 
 
-def _trackers(told: Told, found: Mapping[str, Any]) -> None:
+def _trackers(result: Translation, found: Mapping[str, Any]) -> None:
     value, name = found.get("report_to"), found.get("run_name")
     named = {"name": name} if name else {}
     for kind in value if isinstance(value, list) else [value]:
         if kind == "tensorboard":
-            told.track(kind, {})
+            result.track(kind, {})
         elif kind == "wandb":
-            told.track(kind, {"project": PROJECT, **named})
+            result.track(kind, {"project": PROJECT, **named})
         elif kind == "mlflow":
-            told.track(kind, {"experiment": PROJECT, **named})
+            result.track(kind, {"experiment": PROJECT, **named})
         elif kind not in (None, "none"):
-            told.noted["report_to"] = f"{kind} is not known here; there are {', '.join(TRACKERS)}"
+            result.noted["report_to"] = f"{kind} is not known here; there are {', '.join(TRACKERS)}"
 
 
 RULES: dict[str, Rule] = COMMON | {

@@ -1,14 +1,14 @@
-"""How a key of another trainer's file is told in the words of a create body: small rules, and what they were applied to.
+"""How a key of another trainer's file is translated: small rules, and what they make.
 
-Every key is in one of four lots: told in our words; told, with a note of what is done instead; not needed here (where
-output goes, how often a line is logged, which attention kernel); or not tellable, because leaving it out would train
-something else.
+Every key is in one of four lots: translated; noted, with what is done instead; not needed here (where output goes, how
+often a line is logged, which attention kernel); or refused, because leaving it out would train something else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from cli.client import USAGE, CliError
@@ -20,12 +20,12 @@ OWN_TEMPLATE = "the chat template of the model itself is used"
 
 
 @dataclass
-class Told:
-    """What came of a file: the body, what is done instead, what cannot be told, and what is not needed here."""
+class Translation:
+    """What came of a file: the body, what is done instead, what cannot be result, and what is not needed here."""
 
     body: dict[str, Any] = field(default_factory=dict)
     noted: dict[str, str] = field(default_factory=dict)
-    untold: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     not_needed: list[str] = field(default_factory=list)
 
     def put(self, dotted: str, value: Any) -> None:
@@ -41,23 +41,23 @@ class Told:
         self.body.setdefault("integrations", []).append({"type": kind, kind: settings})
 
 
-Rule = Callable[[Told, str, Any], None]
+Rule = Callable[[Translation, str, Any], None]
 
 
 def to(dotted: str) -> Rule:
     """The same value under our name."""
-    return lambda told, _key, value: told.put(dotted, value)
+    return lambda result, _key, value: result.put(dotted, value)
 
 
 def to_count(dotted: str) -> Rule:
     """A whole number of steps or epochs."""
 
-    def rule(told: Told, key: str, value: Any) -> None:
-        if isinstance(value, int | float) and value == int(value):
+    def rule(result: Translation, key: str, value: Any) -> None:
+        if is_number(value) and value == int(value):
             if value > 0:  # the others write -1 for "not set"
-                told.put(dotted, int(value))
+                result.put(dotted, int(value))
         else:
-            told.untold[key] = (
+            result.refused[key] = (
                 f"only whole numbers are taken, --set {dotted}=N; parts of an epoch are steps: "
                 "--set sat.train.max_steps=N"
             )
@@ -68,10 +68,10 @@ def to_count(dotted: str) -> Rule:
 def switch(dotted: str, yes: Any, no: Any = None) -> Rule:
     """A boolean that is `yes` or `no` here; None says nothing."""
 
-    def rule(told: Told, _key: str, value: Any) -> None:
+    def rule(result: Translation, _key: str, value: Any) -> None:
         chosen = yes if value and value != "false" else no
         if chosen is not None:
-            told.put(dotted, chosen)
+            result.put(dotted, chosen)
 
     return rule
 
@@ -79,11 +79,11 @@ def switch(dotted: str, yes: Any, no: Any = None) -> Rule:
 def choose(dotted: str, words: Mapping[str, Any], otherwise: str) -> Rule:
     """A word that has another name here."""
 
-    def rule(told: Told, key: str, value: Any) -> None:
+    def rule(result: Translation, key: str, value: Any) -> None:
         if str(value).lower() in words:
-            told.put(dotted, words[str(value).lower()])
+            result.put(dotted, words[str(value).lower()])
         else:
-            told.untold[key] = f"{value!r} is not known here; {otherwise}"
+            result.refused[key] = f"{value!r} is not known here; {otherwise}"
 
     return rule
 
@@ -91,57 +91,61 @@ def choose(dotted: str, words: Mapping[str, Any], otherwise: str) -> Rule:
 def note(instead: str) -> Rule:
     """Not done; says what is done instead, where the setting is on."""
 
-    def rule(told: Told, key: str, value: Any) -> None:
+    def rule(result: Translation, key: str, value: Any) -> None:
         if value and value != "none":
-            told.noted[key] = instead
+            result.noted[key] = instead
 
     return rule
 
 
 def refuse(advice: str) -> Rule:
-    """Not tellable where it is on."""
+    """Refused where it is on, with what to do."""
 
-    def rule(told: Told, key: str, value: Any) -> None:
+    def rule(result: Translation, key: str, value: Any) -> None:
         if value and value != "none":
-            told.untold[key] = advice
+            result.refused[key] = advice
 
     return rule
 
 
 def only(*usual: Any, otherwise: str) -> Rule:
-    """What is done here anyway, whatever is said; another value is not tellable."""
+    """What is done here anyway; another value is refused."""
 
-    def rule(told: Told, key: str, value: Any) -> None:
+    def rule(result: Translation, key: str, value: Any) -> None:
         if value not in usual:
-            told.untold[key] = otherwise
+            result.refused[key] = otherwise
 
     return rule
 
 
-def linear(told: Told, key: str, value: Any) -> None:
+def taken_with_others(_result: Translation, _key: str, _value: Any) -> None:
+    """Translation with other keys, by what follows the rules."""
+
+
+def linear(result: Translation, key: str, value: Any) -> None:
     """Which layers get adapters: all that are linear, here."""
-    names = value.split(",") if isinstance(value, str) else value
-    if names not in (True, ["all"], ["all-linear"]) and not set(names or []) >= LINEAR:
-        told.noted[key] = ALL_LINEAR
+    names = value if isinstance(value, list) else str(value).split(",")
+    if names not in (["all"], ["all-linear"]) and not set(map(str, names)) >= LINEAR:
+        result.noted[key] = ALL_LINEAR
 
 
-def split(told: Told, key: str, value: Any) -> None:
+def split(result: Translation, key: str, value: Any) -> None:
     """What is held out, as a share."""
-    if isinstance(value, int | float) and value < 1:
-        told.put("sat.data.validation_split", value)
+    if is_number(value) and value < 1:
+        result.put("sat.data.validation_split", value)
     else:
-        told.untold[key] = "a share below 1 is taken (--set sat.data.validation_split=0.05)"
+        result.refused[key] = "a share below 1 is taken (--set sat.data.validation_split=0.05)"
 
 
-def optimizer(told: Told, key: str, value: Any) -> None:
+def optimizer(result: Translation, key: str, value: Any) -> None:
     """AdamW, by any of its names."""
     name = str(value).lower()
     if "adamw" not in name or "galore" in name or "4bit" in name:
-        told.untold[key] = f"{value!r} is not known here; there are adamw and adamw_8bit"
+        result.refused[key] = f"{value!r} is not known here; there are adamw and adamw_8bit"
     elif "8bit" in name:
-        told.put("sat.train.optimizer", "adamw_8bit")
+        result.put("sat.train.optimizer", "adamw_8bit")
     else:
-        told.put("sat.train.optimizer", "adamw")
+        result.put("sat.train.optimizer", "adamw")
 
 
 # Keys of Hugging Face's Trainer, which both pass on.
@@ -182,7 +186,7 @@ COMMON: dict[str, Rule] = {
     "resume_from_checkpoint": refuse("name a checkpoint of ours as the model instead"),
     "group_by_length": note("sequences are packed or taken in random order"),
     "load_best_model_at_end": note("the result is what the last step left"),
-    "sat": lambda told, _key, value: _merge(told.body.setdefault("sat", {}), value),
+    "sat": taken_with_others,
 }
 SCHEDULES = {
     "cosine": "cosine",
@@ -194,51 +198,59 @@ SCHEDULES = {
 OTHER_SCHEDULES = f"there are {', '.join(sorted(set(SCHEDULES.values())))}"
 
 
-def taken_with_others(_told: Told, _key: str, _value: Any) -> None:
-    """Told with other keys, by what follows the rules."""
-
-
 def apply(
-    told: Told,
+    result: Translation,
     found: Mapping[str, Any],
     rules: Mapping[str, Rule],
     not_needed: frozenset[str],
 ) -> None:
-    """Apply a rule to every key that is set; the `sat` of the file comes last and wins."""
-    for key, value in sorted(found.items(), key=lambda item: item[0] == "sat"):
+    """Apply its rule to every key that is set."""
+    for key, value in found.items():
         if value is None:
             continue
         if key in rules:
-            rules[key](told, key, value)
+            rules[key](result, key, value)
         elif key in not_needed:
-            told.not_needed.append(key)
+            result.not_needed.append(key)
         else:
-            told.untold[key] = "not known here"
+            result.refused[key] = "not known here"
 
 
-def batch(told: Told, found: Mapping[str, Any], micro: str, accumulated: str) -> None:
-    """The batch of one process from its two factors."""
-    sequences = found.get(micro)
+def batch(result: Translation, found: Mapping[str, Any], micro: str, accumulated: str) -> None:
+    """The batch of one process from its two factors; where neither is a number the API says so."""
+    sequences, times = found.get(micro), found.get(accumulated) or 1
     if sequences is None:
         return
-    told.put("sat.train.micro_batch_size", sequences)
-    if "hyperparameters" not in told.body or "batch_size" not in told.body["hyperparameters"]:
-        told.put("hyperparameters.batch_size", sequences * (found.get(accumulated) or 1))
+    result.put("sat.train.micro_batch_size", sequences)
+    if "batch_size" not in result.body.get("hyperparameters", {}):
+        whole = sequences * times if is_number(sequences) and is_number(times) else sequences
+        result.put("hyperparameters.batch_size", whole)
 
 
-def warmup(told: Told, found: Mapping[str, Any]) -> None:
+def warmup(result: Translation, found: Mapping[str, Any]) -> None:
     """Steps of warm-up as a share, where the number of all steps is known."""
     steps, total = found.get("warmup_steps"), found.get("max_steps") or 0
     if not steps or found.get("warmup_ratio") is not None:
         return
-    if steps < 1:
-        told.put("sat.train.warmup", steps)
-    elif total > 0:
-        told.put("sat.train.warmup", min(1.0, steps / total))
+    if is_number(steps) and steps < 1:
+        result.put("sat.train.warmup", steps)
+    elif is_number(steps) and is_number(total) and total > 0:
+        result.put("sat.train.warmup", min(1.0, steps / total))
     else:
-        told.noted["warmup_steps"] = (
+        result.noted["warmup_steps"] = (
             "warm-up is the default share of all steps; give one by --set sat.train.warmup=0.05"
         )
+
+
+def own_settings(result: Translation, found: Mapping[str, Any]) -> None:
+    """The `sat` object of the file, which wins over what was translated."""
+    if found.get("sat") is not None:
+        _merge(result.body.setdefault("sat", {}), found["sat"])
+
+
+def is_number(value: Any) -> bool:
+    """Whether it can be reckoned with; true and infinity cannot."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _merge(target: dict[str, Any], more: Any) -> None:

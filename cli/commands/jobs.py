@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.client import TERMINAL, USAGE, Client, CliError, Connection
-from cli.console import emit, emit_line, err, leaving, out
+from cli.console import emit, emit_line, err, leaving, out, say
 from cli.options import HERE, DataDir, JobId, Json, JsonLines, known_jobs
 from cli.showing import METRIC_KEYS, event_line, metric_header, metric_line
 from cli.tailing import events, looks, metrics
@@ -89,7 +88,7 @@ def wait(
     codes = []
     for job_id in job_ids:
         with leaving(f"wait {job_id}"):
-            job = deque(looks(client, job_id, until=until), maxlen=1).pop()
+            job = _ended(client, job_id, until)
         codes.append(TERMINAL[job["status"]])
         emit_line(job) if as_json else out.print(f"{job_id} {job['status']}", highlight=False)
     raise typer.Exit(next((code for code in codes if code), 0))
@@ -148,6 +147,8 @@ def show_metrics(
                 began = True
                 typer.echo(metric_header(columns))
             typer.echo(metric_line(row, columns))
+    if not began and not as_json:
+        say("Nothing was measured.")
     _end(client, job_id, follow)
 
 
@@ -178,6 +179,16 @@ def watched(client: Client, job_id: str, *, as_json: bool) -> None:
         job = follow(client, job_id, err)
     emit(job) if as_json else report(job, out)
     raise typer.Exit(TERMINAL[job["status"]])
+
+
+def _ended(client: Client, job_id: str, until: float | None) -> dict[str, Any]:
+    """The job, once it has ended; one that is paused does not end by itself, and that is said."""
+    job: dict[str, Any] = {}
+    for look in looks(client, job_id, until=until):
+        if look["status"] == "paused" != job.get("status"):
+            say(f"{job_id} is paused; `satune resume {job_id}` lets it go on.")
+        job = look
+    return job
 
 
 def _end(client: Client, job_id: str, follow: bool) -> None:

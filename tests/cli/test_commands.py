@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli.running import Up, satune
+from tests.cli.running import ROOT, Up, environment, satune
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
 
@@ -121,3 +123,22 @@ def test_validate_prints_the_verdict_and_leaves_no_file(service: Up, tmp_path: P
     assert service.run("validate", str(tmp_path / "none.jsonl")).returncode == 2
     assert service.run("validate", dataset, "--model", "local/none").returncode == 2
     assert set((service.data_dir / "files").iterdir()) == before
+
+
+def test_an_option_that_the_server_refuses_is_2_with_one_line(service: Up):
+    done = service.run("list", "--status", "nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'nonsense'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_1_with_one_line(service: Up):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", "doctor", "--json"],
+            env=environment(SATUNE_DATA_DIR=str(service.data_dir)), cwd=ROOT,
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error [Errno 28]")

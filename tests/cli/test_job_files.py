@@ -1,7 +1,8 @@
-"""Job files, and files of other trainers: every key is told, noted or refused, and what is told is a body the API takes."""
+"""Job files, and files of other trainers: every key is translated, noted or refused, and what comes of it is a body that the API takes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import yaml
 
 from api.schemas.create import check
+from cli.axolotl import RULES as AXOLOTL_RULES
 from cli.client import CliError
 from cli.job_file import read
+from cli.llama_factory import RULES as LLAMA_FACTORY_RULES
 from tests.cli.running import satune
 
 AXOLOTL = """
@@ -102,14 +105,16 @@ eval_steps: 500
 """
 
 
-def told(folder: Path, text: str, *, lenient: bool = False) -> tuple[dict[str, Any], list[str]]:
+def translation(
+    folder: Path, text: str, *, lenient: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     (folder / "job.yaml").write_text(text, "utf-8")
     return read(folder / "job.yaml", lenient=lenient)
 
 
 def refusal(folder: Path, text: str) -> str:
     with pytest.raises(CliError) as caught:
-        told(folder, text)
+        translation(folder, text)
     assert caught.value.exit_code == 2
     return caught.value.message
 
@@ -123,7 +128,9 @@ def assert_accepted(body: dict[str, Any]) -> None:
 
 
 def test_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
-    body, warnings = told(tmp_path, "sat: {mode: off, train: {learning_rate: 2e-5}}\nseed: 0010\n")
+    body, warnings = translation(
+        tmp_path, "sat: {mode: off, train: {learning_rate: 2e-5}}\nseed: 0010\n"
+    )
     assert body == {"sat": {"mode": "off", "train": {"learning_rate": 2e-5}}, "seed": 10}
     assert warnings == []
     (tmp_path / "job.yaml").write_text(
@@ -148,8 +155,8 @@ def test_what_is_no_job_file_is_refused_by_its_line(tmp_path: Path, text: str, n
     assert named in refusal(tmp_path, text)
 
 
-def test_axolotl_is_told_whole(tmp_path: Path) -> None:
-    body, warnings = told(tmp_path, AXOLOTL)
+def test_axolotl_is_translated_whole(tmp_path: Path) -> None:
+    body, warnings = translation(tmp_path, AXOLOTL)
     assert_accepted(body)
     assert (body["model"], body["training_file"]) == ("org/model", "a.jsonl")
     assert body["hyperparameters"] == {"n_epochs": 3, "batch_size": 8}
@@ -182,11 +189,11 @@ def test_axolotl_is_told_whole(tmp_path: Path) -> None:
     assert "not needed here: model_type, strict, dataset_prepared_path" in said
 
 
-def test_llama_factory_is_told_whole(tmp_path: Path) -> None:
+def test_llama_factory_is_translated_whole(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     info = {"own": {"file_name": "own.json", "columns": {"prompt": "instruction"}}}
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
-    body, warnings = told(tmp_path, LLAMA_FACTORY)
+    body, warnings = translation(tmp_path, LLAMA_FACTORY)
     assert_accepted(body)
     assert body["training_file"] == str(tmp_path / "data" / "own.json")
     assert body["sat"]["data"]["mix"] == [{"file": "b.json", "weight": "auto"}]
@@ -214,7 +221,7 @@ def test_llama_factory_is_told_whole(tmp_path: Path) -> None:
     assert "not needed here: preprocessing_num_workers, output_dir" in said
 
 
-def test_all_that_cannot_be_told_is_named_at_once_with_what_to_do(tmp_path: Path) -> None:
+def test_all_that_is_refused_is_named_at_once_with_what_to_do(tmp_path: Path) -> None:
     text = (
         "base_model: org/model\ndatasets: [{path: a.jsonl, type: {field_instruction: q}, split: 'train[:5%]'}]\n"
         "rl: dpo\nfp16: true\noptimizer: lion\nnum_epochs: 0.5\nmystery: 1\nval_set_size: 200\n"
@@ -232,7 +239,7 @@ def test_all_that_cannot_be_told_is_named_at_once_with_what_to_do(tmp_path: Path
     ):
         assert f"\n  {key}: " in message
     assert "--lenient" in message
-    body, warnings = told(tmp_path, text, lenient=True)
+    body, warnings = translation(tmp_path, text, lenient=True)
     assert body == {"model": "org/model", "training_file": "a.jsonl"}
     assert "mystery: left out" in warnings
 
@@ -260,14 +267,46 @@ def test_llama_factory_names_what_trains_something_else(
 
 def test_the_sat_of_another_trainers_file_wins(tmp_path: Path) -> None:
     text = (
-        "sat: {omission_rate: {mlp: 0.5}, train: {learning_rate: 1e-3}}\n"
+        "sat: {omission_rate: {mlp: 0.5}, train: {learning_rate: 1e-3, micro_batch_size: 8}}\n"
         "base_model: org/model\ndatasets: [{path: a.jsonl}]\nlearning_rate: 1e-5\nsequence_len: 64\n"
+        "micro_batch_size: 2\nwarmup_steps: 0.5\n"
     )
-    body, _ = told(tmp_path, text)
+    body, _ = translation(tmp_path, text)
     assert body["sat"] == {
         "omission_rate": {"mlp": 0.5},
-        "train": {"learning_rate": 1e-3, "max_seq_len": 64},
+        "train": {"learning_rate": 1e-3, "max_seq_len": 64, "micro_batch_size": 8, "warmup": 0.5},
     }
+
+
+ODD = (
+    True,
+    False,
+    0,
+    -1,
+    0.5,
+    10**9,
+    "",
+    "x",
+    [],
+    [1],
+    ["x"],
+    [[]],
+    {},
+    {"x": 1},
+    [{}],
+    [{"path": 3}],
+)
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_no_value_of_any_key_is_too_odd_to_be_answered(tmp_path: Path, value: Any) -> None:
+    for name, rules in (("base_model", AXOLOTL_RULES), ("model_name_or_path", LLAMA_FACTORY_RULES)):
+        for key in rules:
+            (tmp_path / "job.yaml").write_text(
+                json.dumps({name: "org/model", key: value}).replace("Infinity", "1e999")
+            )
+            with contextlib.suppress(CliError):
+                read(tmp_path / "job.yaml", lenient=False)
 
 
 def test_a_dry_run_prints_a_job_file_that_says_the_same(tmp_path: Path) -> None:
@@ -277,7 +316,7 @@ def test_a_dry_run_prints_a_job_file_that_says_the_same(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "warning lora_dropout" in done.stderr
-    body, warnings = told(tmp_path, done.stdout)
+    body, warnings = translation(tmp_path, done.stdout)
     assert (body["sat"]["mode"], body["sat"]["omission_rate"], warnings) == ("on", {"mlp": 0.5}, [])
     assert yaml.safe_load(done.stdout) == body
     as_json = satune("submit", str(tmp_path / "job.yaml"), "--dry-run", "--json")
