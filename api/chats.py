@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -80,13 +80,16 @@ class Chats:
             place = await self._place(project, model, params, until, gone)
             headers = {"authorization": f"Bearer {place['token']}"}
             request = self._http.build_request("POST", place["url"], json=ask, headers=headers)
-            try:
-                return await self._http.send(request, stream=True)
-            except httpx.TransportError:
-                # It has just left, or died with its worker; the row follows within a lease.
-                if time.monotonic() > until or await gone():
-                    raise _loading(model) from None
-                await asyncio.sleep(ASK_SECONDS)
+            # It may have just left, or died with its worker, and its port may be another one's by now; the row follows
+            # within a lease.
+            with suppress(httpx.TransportError):
+                response = await self._http.send(request, stream=True)
+                if response.status_code != httpx.codes.UNAUTHORIZED:
+                    return response
+                await response.aclose()
+            if time.monotonic() > until or await gone():
+                raise _loading(model)
+            await asyncio.sleep(ASK_SECONDS)
 
     async def _place(
         self, project: str, model: str, params: dict[str, Any], until: float, gone: Gone

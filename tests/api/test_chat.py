@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -111,3 +113,28 @@ def test_a_model_that_cannot_be_loaded_says_why(client, services):
     answer = ask(client)
     assert refusal(answer) == (400, "model_unsupported", "model")
     assert answer.json()["error"]["message"] == "It has no layers."
+
+
+def test_an_address_that_is_another_ones_by_now_is_asked_for_again(client, services, monkeypatch):
+    """The row of a model that is gone stays for a lease; whoever listens at its port knows no such token."""
+    monkeypatch.setattr("api.chats.LOADING_SECONDS", 1.0)
+    params = {"model_version": model_version(services, "local/tiny")}
+    services.store.ask_chore("default", CHAT, "local/tiny", params)
+    claim = services.store.claim_chore("w", chat=True)
+    asked = []
+
+    class Stranger(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.headers["authorization"])
+            self.send_response(401)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever).start()
+        place = {"url": f"http://127.0.0.1:{server.server_port}", "token": "t"}
+        services.store.publish_chore(claim, place)
+        assert refusal(ask(client)) == (503, "model_loading", None)
+        server.shutdown()
+    assert asked[:2] == ["Bearer t", "Bearer t"]
+    # Now nobody listens there at all.
+    assert refusal(ask(client, stream=True)) == (503, "model_loading", None)
