@@ -40,10 +40,7 @@ def reference_page(request: Request) -> HTMLResponse:
         for method, operation in methods.items()
     ]
     groups = [
-        {
-            **tag,
-            "operations": [o for o in operations if o["tag"] == tag["name"]],
-        }
+        {**tag, "operations": [o for o in operations if o["tag"] == tag["name"]]}
         for tag in described["tags"]
     ]
     examples = described["components"]["examples"]
@@ -52,7 +49,8 @@ def reference_page(request: Request) -> HTMLResponse:
         {
             "name": name,
             "description": schema.get("description", ""),
-            "fields": list(fields(schema, described)),
+            # Of an answer every field is there.
+            "fields": [{**row, "required": False} for row in fields(schema, described)],
             "example": _text(examples[name]["value"]) if name in examples else None,
         }
         for name, schema in described["components"]["schemas"].items()
@@ -122,7 +120,7 @@ def _row(name: str, schema: Schema, described: Schema, *, required: bool) -> dic
         "kind": kind_of(schema, described),
         "required": required,
         "description": schema.get("description") or "",
-        "default": "" if default in (None, [], {}) else json.dumps(default),
+        "default": "" if default in (None, [], {}, schema.get("const")) else json.dumps(default),
         "where": "",
     }
 

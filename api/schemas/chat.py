@@ -72,11 +72,14 @@ class TextPart(BaseModel):
     text: str
 
 
+Parts = Annotated[list[TextPart], Field(min_length=1)]
+
+
 class ChatMessage(Body):
     """One turn of the conversation; an answer of before may be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | Parts)]
     name: str | None = None
 
     @model_validator(mode="before")

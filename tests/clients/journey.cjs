@@ -182,11 +182,9 @@ async function* journey(client, order) {
   assert(models.includes(order.model) && models.includes(model));
   yield "result, models";
 
-  if (order.chat) {
-    await chat(client, model);
-    await chat(client, checkpoint.fine_tuned_model_checkpoint);
-    yield "chat";
-  }
+  await chat(client, model);
+  await chat(client, checkpoint.fine_tuned_model_checkpoint);
+  yield "chat";
 
   assert.equal(whole(await jobs.resume(long.id)).id, long.id);
   await when(long, (job) => job.status === "running" && stepped(job) > checkpoint.step_number);

@@ -189,10 +189,9 @@ def journey(client, order):
     assert {order["model"], model} <= {whole(m).id for m in client.models.list()}
     yield "result, models"
 
-    if order["chat"]:
-        chat(client, model)
-        chat(client, checkpoint.fine_tuned_model_checkpoint)
-        yield "chat"
+    chat(client, model)
+    chat(client, checkpoint.fine_tuned_model_checkpoint)
+    yield "chat"
 
     assert whole(jobs.resume(long.id)).id == long.id
     step = checkpoint.step_number
