@@ -14,6 +14,7 @@ OPEN = {
     ("GET", "/readyz"),
     ("GET", "/version"),
     ("GET", "/openapi.json"),
+    ("GET", "/docs"),
     ("GET", "/login"),
     ("POST", "/login"),
     ("POST", "/logout"),
