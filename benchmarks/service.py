@@ -49,6 +49,7 @@ from worker.child import NICENESS
 
 PARTS = ("polls", "overhead", "scale", "tracking")
 OVERHEAD_BAR = 1.0
+TRACKING_SECONDS = 1.5
 TERMINAL = ("succeeded", "failed", "cancelled")
 BOTH = ("SQLite", "PostgreSQL")
 Figures = list[dict[str, Any]]
@@ -69,8 +70,8 @@ class Size:
     whole: bool
 
 
-# Twelve minutes and six on two quiet cores.
-FULL = Size(rounds=3, poll_seconds=3, pairs=3, training_seconds=20, polled=BOTH, rivalled=BOTH, scaled=BOTH, whole=True)  # fmt: skip
+# Meant for twelve minutes and six on two quiet cores.
+FULL = Size(rounds=3, poll_seconds=3, pairs=3, training_seconds=18, polled=BOTH, rivalled=BOTH, scaled=BOTH, whole=True)  # fmt: skip
 QUICK = Size(rounds=2, poll_seconds=2, pairs=2, training_seconds=14, polled=BOTH[:1], rivalled=BOTH[:1], scaled=(), whole=False)  # fmt: skip
 
 
@@ -293,7 +294,7 @@ def beside_mlflow(bench: Bench) -> Figures:
             material = tracking.Material(bench.body(ours, steps=200), prepared, lines)
             figures += tracking.compare(
                 ours, theirs, material, database=database, rounds=bench.size.rounds,
-                seconds=2, whole=bench.size.whole,
+                seconds=TRACKING_SECONDS, whole=bench.size.whole,
             )  # fmt: skip
     return figures
 
