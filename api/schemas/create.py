@@ -167,8 +167,15 @@ def openapi_body() -> dict[str, Any]:
         "description": "How to train, in OpenAI's words.",
         "properties": {
             "type": {"const": "supervised"},
-            "supervised": {"type": "object", "properties": {"hyperparameters": hyper}},
+            "supervised": {
+                "type": "object",
+                "properties": {"hyperparameters": hyper},
+                "additionalProperties": False,
+            },
+            "dpo": {"type": "null"},
+            "reinforcement": {"type": "null"},
         },
+        "additionalProperties": False,
     }
     properties = {
         "model": {

@@ -41,6 +41,8 @@ def test_the_api_does_what_its_description_says(app: FastAPI, tmp_path: Path):
             *("run", f"{address}/openapi.json", "--header", f"Authorization: Bearer {KEY}"),
             *("--checks", "all", "--max-examples", str(CASES), "--continue-on-failure"),
             *("--exclude-operation-id", "streamFineTuningJob", "--no-color", "--no-shrink"),
+            # That it finds few bad names for a path is no fault of the API.
+            *("--suppress-health-check", "filter_too_much"),
         ]
         done = subprocess.run(
             command,
