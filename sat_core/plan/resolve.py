@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BASE_LEARNING_RATES = ((10e6, 1e-3), (100e6, 3e-4), (1e9, 5e-5), (10e9, 2e-5), (math.inf, 1e-5))
 WORTHWHILE_SPEEDUP = 1.15
+# Narrower models were behind dense training at every setting, at equal FLOPs: docs/evidence/ablation.md.
+WORTHWHILE_HIDDEN = 128
 TOKENS_PER_MICRO_BATCH = 8192
 
 
@@ -185,10 +187,15 @@ def resolve_sat(
         **_as_asked(SatConfig, asked, sat.schedule, sat.importance, sat.guard),
     )
     if sat.mode == "auto" and not explicit:
-        ratio = run_flops_ratio(shape, config, multiple=CPU_WIDTH_MULTIPLE, seq_len=seq_len)
-        if 1 / ratio < WORTHWHILE_SPEEDUP:
+        bound = 1 / run_flops_ratio(shape, config, multiple=CPU_WIDTH_MULTIPLE, seq_len=seq_len)
+        why = None
+        if shape.hidden < WORTHWHILE_HIDDEN:
+            why = f"a model of width {shape.hidden} has no channel to spare (from {WORTHWHILE_HIDDEN} on it may)"
+        elif bound < WORTHWHILE_SPEEDUP:
+            why = f"sparsity would bound the speed-up at {bound:.2f}x on this model"
+        if why:
             return dataclasses.replace(config, mlp_rate=0.0, attention_rate=0.0), [
-                f"Trained dense: sparsity would bound the speed-up at {1 / ratio:.2f}x on this model. Set sat.mode to on to have it anyway."
+                f"Trained dense: {why}. Set sat.mode to on to have it anyway."
             ]
     _refuse_impossible(config, shape)
     return config, _warnings(config, shape)

@@ -174,6 +174,22 @@ def test_a_preset_stands_where_no_rate_is_given(
     assert (made.mlp_rate, made.attention_rate) == rates
 
 
+@pytest.mark.parametrize(
+    ("hidden", "seq_len", "said"),
+    [(64, 16, "width 64 has no channel to spare"), (128, 16, None), (128, 16384, "bound the speed-up")],
+)  # fmt: skip
+def test_auto_trains_dense_where_sparsity_is_not_worth_it(
+    hidden: int, seq_len: int, said: str | None
+) -> None:
+    shape = sparsity_of(tiny_model(hidden_size=hidden, intermediate_size=4 * hidden)).shape
+    figures = {**FIGURES, "seq_len": seq_len, "sequences": 1000}
+    made = resolve(
+        RunRequest.from_dict({"model": "m"}), shape, figures, model_path=None, revision=None, corpus="c"
+    )  # fmt: skip
+    assert (made.config.sat.mlp_rate == 0) == (said is not None)
+    assert said is None or any(said in warning for warning in made.warnings)
+
+
 def test_a_request_survives_its_json_form() -> None:
     body = {
         "model": "m",
