@@ -123,6 +123,10 @@ def _parsed(url: str) -> httpx.URL:
         )
     if parsed.userinfo:
         raise UrlNotAllowedError("A webhook URL must not hold a name or password")
+    try:
+        parsed.host.encode("idna")  # as whoever looks it up does
+    except UnicodeError as error:
+        raise UrlNotAllowedError(f"{parsed.host!r} is no host name: {error}") from error
     return parsed
 
 

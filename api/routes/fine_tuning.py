@@ -135,11 +135,18 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
     """`metadata[k]=v` pairs, or {} for `metadata=null`: jobs without any. FastAPI knows no deepObject."""
     if request.query_params.get("metadata") == "null":
         return {}
-    pairs = (
-        (re.fullmatch(r"metadata\[(.+)\]", name), value)
-        for name, value in request.query_params.items()
-    )
-    return {found[1]: value for found, value in pairs if found} or None
+    wanted = {}
+    for name, value in request.query_params.items():
+        if name.startswith("metadata"):
+            found = re.fullmatch(r"metadata\[(.+)\]", name)
+            if found is None:
+                raise ApiError(
+                    "invalid_value",
+                    f"{name}={value} is no filter; allowed: metadata[KEY]=VALUE, or metadata=null for jobs without any.",
+                    "metadata",
+                )
+            wanted[found[1]] = value
+    return wanted or None
 
 
 @router.get(

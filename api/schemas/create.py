@@ -16,7 +16,8 @@ from fastapi import Request
 
 from api.errors import ApiError, refuse_unknown
 from api.schemas.integrations import check_integrations, integrations_schema
-from sat_core.plan.request import RunRequest, sat_json_schema
+from sat_core.plan.checking import json_schema
+from sat_core.plan.request import Hyperparameters, RunRequest, sat_json_schema
 
 MAX_BODY_BYTES = 1 << 20
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
@@ -150,18 +151,7 @@ def _metadata(value: Any) -> dict[str, str]:
 
 def openapi_body() -> dict[str, Any]:
     """The request body for OpenAPI, the `sat` part made from the fields that check it."""
-    auto = {"const": "auto"}
-    hyper = {
-        "type": "object",
-        "properties": {
-            "n_epochs": {"anyOf": [{"type": "integer", "minimum": 1}, auto]},
-            "batch_size": {"anyOf": [{"type": "integer", "minimum": 1}, auto]},
-            "learning_rate_multiplier": {
-                "anyOf": [{"type": "number", "exclusiveMinimum": 0}, auto]
-            },
-        },
-        "additionalProperties": False,
-    }
+    hyper = json_schema(Hyperparameters)
     method = {
         "type": "object",
         "description": "How to train, in OpenAI's words.",

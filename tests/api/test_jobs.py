@@ -102,6 +102,8 @@ def test_lists_filter_by_metadata_and_status(client, file_id):
     assert found("") == [second, first]
     assert found("metadata[team]=a") == [first]
     assert found("metadata%5Bteam%5D=c") == []
+    refused = client.get("/v1/fine_tuning/jobs?metadata[]=a").json()["error"]
+    assert (refused["code"], refused["param"]) == ("invalid_value", "metadata")
     assert found("status=cancelled") == [second]
     assert client.get(f"{JOBS}?status=done").json()["error"]["param"] == "status"
 

@@ -245,6 +245,9 @@ def test_what_is_no_web_address_is_refused_at_once() -> None:
             check_url(url)
     with pytest.raises(UrlNotAllowedError, match="SATUNE_WEBHOOK_NETWORKS"):
         check_url("http://169.254.169.254/latest")
+    for url in ("https://.", "https://a..b/", f"https://{'a' * 64}.com/"):
+        with pytest.raises(UrlNotAllowedError, match="no host name"):
+            check_url(url)
     check_url("http://10.1.2.3/", ("10.0.0.0/8",))
     check_url("https://example.com/hook")
 
