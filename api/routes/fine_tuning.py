@@ -104,7 +104,11 @@ def _refuse_unreachable(app: Services, create: CreateJob) -> None:
                 "style": "deepObject",
                 "explode": True,
                 "description": "Only jobs with these metadata, as metadata[k]=v.",
-                "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+                "schema": {
+                    "type": "object",
+                    "propertyNames": {"minLength": 1},
+                    "additionalProperties": {"type": "string"},
+                },
             }
         ]
     },
@@ -138,7 +142,7 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
     wanted = {}
     for name, value in request.query_params.items():
         if name.startswith("metadata"):
-            found = re.fullmatch(r"metadata\[(.+)\]", name)
+            found = re.fullmatch(r"metadata\[(.+)\]", name, re.DOTALL)
             if found is None:
                 raise ApiError(
                     "invalid_value",
