@@ -10,6 +10,7 @@ other runs than those that are quoted: shorter, in part at other omission rates,
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -125,11 +126,8 @@ def service(work: Path) -> Iterator[Bench]:
     models = {"demo": material.model}
     for name, shape in SHAPES.items():
         if shape is not None:
-            made = random_llama(shape, work)
-            (work / "models" / name).unlink(missing_ok=True)
-            (work / "models" / name).symlink_to(made)
-            models[name] = f"local/{name}"
-    environment = {"SATUNE_MODEL_ROOTS": str(work / "models")}
+            models[name] = f"local/{random_llama(shape, work).name}"
+    environment = {"SATUNE_MODEL_ROOTS": os.pathsep.join((str(work / "models"), str(work)))}
     with (
         tempfile.TemporaryDirectory(dir=work) as folder,
         satune(Path(folder), worker=True, environment=environment) as server,
