@@ -114,6 +114,12 @@ class Client:
             found = self._send("GET", f"/v1/files/{file_id}/validation", params=asked)
             if found["status"] != "pending":
                 return found
+            self._expect_worker()
+
+    def _expect_worker(self) -> None:
+        """Whatever waits for a worker would wait for ever where none is."""
+        if not self._send("GET", "/v1/sat/capabilities")["workers"]["slots"]["prepare"]:
+            raise CliError("No worker of this service is alive to answer that.", NOT_NOW)
 
     def delete_file(self, file_id: str) -> None:
         """Forget a file; one that is gone is no error, since an earlier try may have done it."""
@@ -137,6 +143,8 @@ class Client:
         found = self._create(path, json=body)
         while found["status"] == "pending":
             found = self._send("GET", f"{path}/{found['id']}", **wait)
+            if found["status"] == "pending":
+                self._expect_worker()
         return found
 
     def job(self, job_id: str, **params: Any) -> dict[str, Any]:

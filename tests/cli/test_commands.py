@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.settings import Settings
 from tests.cli.running import ROOT, Up, environment, satune
+from tests.conftest import migrated
+from tests.service import KEY, api
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
 
@@ -123,6 +126,22 @@ def test_validate_prints_the_verdict_and_leaves_no_file(service: Up, tmp_path: P
     assert service.run("validate", str(tmp_path / "none.jsonl")).returncode == 2
     assert service.run("validate", dataset, "--model", "local/none").returncode == 2
     assert set((service.data_dir / "files").iterdir()) == before
+
+
+def test_where_no_worker_lives_nothing_waits_for_one(
+    tmp_path: Path, dataset: str, request: pytest.FixtureRequest
+):
+    url = migrated("sqlite", request, tmp_path)
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "config.json").write_text('{"model_type": "llama"}')
+    roots = (tmp_path / "models",)
+    with api(Settings(data_dir=tmp_path, database_url=url, model_roots=roots)) as client:
+        at = {"SATUNE_URL": str(client.base_url), "SATUNE_API_KEY": KEY}
+        for asked in (("validate", dataset), ("estimate", "-m", "local/m", "-d", dataset)):
+            done = satune(*asked, **at)
+            assert (done.returncode, done.stdout) == (7, ""), done.stderr
+            assert "No worker" in done.stderr
+        assert client.get("/v1/files").json()["data"] == []
 
 
 def test_an_option_that_the_server_refuses_is_2_with_one_line(service: Up):
