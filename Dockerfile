@@ -15,6 +15,7 @@ COPY api api
 COPY jobs jobs
 COPY migrations migrations
 COPY sat_core sat_core
+COPY sat_io sat_io
 ENV PYTHONPATH=/app
 USER satune
 EXPOSE 8000
@@ -30,6 +31,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY jobs jobs
 COPY worker worker
 COPY sat_core sat_core
+COPY sat_io sat_io
 ENV PYTHONPATH=/app
 USER satune
 CMD ["python", "-m", "celery", "-A", "worker.app", "worker", "--pool", "threads", "--loglevel", "info", "--without-gossip", "--without-mingle"]

@@ -52,7 +52,7 @@ class Chats:
     async def asking(
         self, project: str, model: str, version: str | None, ask: dict[str, Any], gone: Gone
     ) -> AsyncIterator[Lines]:
-        """The lines of an answer, which `sat_core.chat` describes; it ends with the block.
+        """The lines of an answer, which `sat_io.chat` describes; it ends with the block.
 
         Args:
             project: whose the chat is.

@@ -15,8 +15,8 @@ from typing import Any
 from api.errors import ApiError, refuse_unknown
 from jobs.chores import storable
 from jobs.spec import NewFile, new_id
-from sat_core.plan.formats import PARQUET_UNREAD, FileCheck, FileReport
-from sat_core.plan.rows import FORMATS as ROW_FORMATS
+from sat_io.formats import PARQUET_UNREAD, FileCheck, FileReport
+from sat_io.rows import FORMATS as ROW_FORMATS
 
 PURPOSE = "fine-tune"
 FORMATS = ("auto", *ROW_FORMATS)

@@ -29,6 +29,7 @@ from sat_core.events import EventLog
 from sat_core.parallel import Parallel
 from sat_core.plan.config import TrainConfig
 from sat_core.trainer import Run
+from sat_io.__main__ import main as sat_io
 
 
 class Arm(Protocol):
@@ -94,9 +95,9 @@ def random_llama(shape: Shape, work: Path) -> Path:
 
 
 def quietly(command: str, folder: Path) -> None:
-    """A command of the core on a run folder, its log beside it; leaves the program where it fails."""
+    """A command on a run folder, its log beside it; leaves the program where it fails."""
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stderr(log):
-        code = sat_core([command, str(folder)])
+        code = (sat_core if command == "train" else sat_io)([command, str(folder)])
     if code:
         sys.exit((folder / "events.jsonl").read_text() + (folder / "log.txt").read_text())
 

@@ -30,7 +30,7 @@ from benchmarks.arms import SatuneArm, Shape, in_turn, prepared, random_llama
 from benchmarks.report import figure, table, write
 from cli.demo_material import make
 from sat_core import step as step_module
-from sat_core.data.corpus import IGNORED_LABEL, Batch
+from sat_core.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
 from sat_core.plan.accounting import Cost, step_flops
 from sat_core.plan.config import SatConfig

@@ -34,7 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.arms import SatuneArm, Shape, TrainerArm, in_turn, prepared, random_llama
 from benchmarks.report import figure, table, write
 from cli.demo_material import make
-from sat_core.data.corpus import Corpus
+from sat_core.corpus import Corpus
 from sat_core.plan.config import TrainConfig
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01

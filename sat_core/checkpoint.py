@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sat_core import sharding
-from sat_core.data.reading import sha256_of
 from sat_core.optim import plain, store
 from sat_core.plan.errors import PlanError
+from sat_core.plan.layout import sha256_of
 
 if TYPE_CHECKING:
     from pathlib import Path

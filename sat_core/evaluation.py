@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sat_core.data.corpus import Batch
+from sat_core.corpus import Batch
 from sat_core.loss import token_loss
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sat_core.assembly import Assembly
-    from sat_core.data.corpus import Corpus
-    from sat_core.data.rendering import Renderer
+    from sat_core.chat_template import ChatTemplate
+    from sat_core.corpus import Corpus
     from sat_core.events import EventLog
     from sat_core.plan.config import TrainConfig
     from sat_core.progress import Counters
@@ -83,11 +83,11 @@ class Judge:
         held: Corpus,
         measures: Measures,
         events: EventLog,
-        renderer: Renderer | None,
+        template: ChatTemplate | None,
     ) -> None:
-        """`renderer` makes a prompt a user's turn, as fits a run that is supervised on messages; None continues it as text."""
+        """`template` makes a prompt a user's turn, as fits a run that is supervised on messages; None continues it as text."""
         self.parts, self.config, self.held = parts, config, held
-        self.measures, self.events, self.renderer = measures, events, renderer
+        self.measures, self.events, self.template = measures, events, template
 
     def begin(self) -> None:
         """What can only be measured before the first step: the base model's own text and its samples."""
@@ -165,8 +165,8 @@ class Judge:
     def _sample(self, prompt: str, step: int) -> str:
         """Greedy continuation of `prompt`."""
         tokenizer = self.parts.tokenizer
-        if self.renderer:
-            ids = self.renderer.prompt([{"role": "user", "content": prompt}])
+        if self.template:
+            ids = self.template.prompt([{"role": "user", "content": prompt}])
         else:
             ids = tokenizer(prompt)["input_ids"]
         ids_BT = torch.tensor([ids], device=self.parts.device)

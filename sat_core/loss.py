@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sat_core.data.corpus import IGNORED_LABEL
+from sat_core.corpus import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from sat_core.data.corpus import Batch
+    from sat_core.corpus import Batch
 
 CHUNK_ELEMENTS = 2**25
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sat_core.allotment import GRID
-from sat_core.data.tokenizer import load_tokenizer
 from sat_core.plan.errors import ModelError
 from sat_core.plan.families import shape_of
+from sat_core.tokenizer import load_tokenizer
 
 LORA_TARGETS = "all-linear"
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_core import importance
-from sat_core.data.corpus import IGNORED_LABEL, Batch
+from sat_core.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
 from sat_core.pieces import (
     Piece,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sat_core.loss import token_loss
 
 if TYPE_CHECKING:
-    from sat_core.data.corpus import Batch
+    from sat_core.corpus import Batch
     from sat_core.sparsity import Sparsity
 
 Masks = dict[tuple[str, int], Tensor]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sat_core import progress
-from sat_core.data.corpus import IGNORED_LABEL, Batch
+from sat_core.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
 from sat_core.plan.accounting import Cost, Widths, forward_flops, step_flops
 from sat_core.plan.errors import PlanError
@@ -24,7 +24,7 @@ from sat_core.progress import StepResult
 
 if TYPE_CHECKING:
     from sat_core.assembly import Assembly
-    from sat_core.data.corpus import Corpus
+    from sat_core.corpus import Corpus
     from sat_core.events import EventLog
     from sat_core.plan.config import TrainConfig
     from sat_core.progress import Counters

@@ -21,8 +21,8 @@ import torch
 from sat_core import checkpoint, progress
 from sat_core.assembly import assemble
 from sat_core.card import model_card
-from sat_core.data.corpus import Corpus
-from sat_core.data.rendering import Renderer
+from sat_core.chat_template import ChatTemplate
+from sat_core.corpus import Corpus
 from sat_core.evaluation import Judge, Measures
 from sat_core.progress import Counters
 from sat_core.step import Stepper
@@ -73,7 +73,7 @@ class Run:
         train, held = (Corpus(Path(config.corpus), name) for name in ("train", "validation"))
         self.figures = train.meta["figures"]
         chat = self.figures["format"] not in ("text", "prompt_completion")
-        renderer = Renderer(self.parts.tokenizer) if chat else None
+        template = ChatTemplate(self.parts.tokenizer) if chat else None
         self.counters, measures = Counters(), Measures()
         if resume:
             state = checkpoint.restore(resume, self.sparsity)
@@ -82,7 +82,7 @@ class Run:
             self.counters = Counters(**known)
             measures = Measures.from_dict(state["measures"])
         self.stepper = Stepper(self.parts, config, train, self.counters, events)
-        self.judge = Judge(self.parts, config, held, measures, events, renderer)
+        self.judge = Judge(self.parts, config, held, measures, events, template)
         self.last_loss: float | None = None
         self._saved_step, self._state = 0, ""
 

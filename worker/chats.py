@@ -22,7 +22,7 @@ from jobs.errors import LeaseLost, NotFound, StoreUnavailable
 from jobs.settings import Settings
 from jobs.spec import ChoreRecord
 from jobs.store import Store
-from worker.child import CORE, Bounds, Child
+from worker.child import Bounds, Child
 from worker.inputs import Inputs
 from worker.slots import hardware
 from worker.tail import Tail
@@ -45,7 +45,7 @@ class ChatRunner:
     claim: ChoreRecord
     devices: str
     stopping: threading.Event
-    program: tuple[str, ...] = CORE
+    program: tuple[str, ...] | None = None
     # Set by the host, when somebody else is to have the slot.
     leaving: threading.Event = field(default_factory=threading.Event)
 

@@ -14,7 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-CORE = (sys.executable, "-P", "-m", "sat_core")
+from jobs.states import Stage
+
 NICENESS = 10
 
 
@@ -33,7 +34,7 @@ class Bounds:
 
 
 class Child:
-    """`python -P -m sat_core COMMAND FOLDER`."""
+    """`python -P -m sat_core train FOLDER`, or `sat_io` with another command."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class Child:
         folder: Path,
         *,
         devices: str,
-        program: tuple[str, ...] = CORE,
+        program: tuple[str, ...] | None = None,
         bounds: Bounds | None = None,
     ) -> None:
         """Start it.
@@ -50,13 +51,19 @@ class Child:
             command: prepare, train, or that of a chore.
             folder: its run folder, also its working directory.
             devices: CUDA_VISIBLE_DEVICES.
-            program: what understands `command FOLDER --lifeline`.
+            program: what understands `command FOLDER --lifeline`, where it is neither of the two.
             bounds: kept by the kernel, on Linux.
         """
         self.log = folder / "log.txt"
+        module = "sat_core" if command == Stage.TRAIN else "sat_io"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*program, command, str(folder), "--lifeline"],
+                [
+                    *(program or (sys.executable, "-P", "-m", module)),
+                    command,
+                    str(folder),
+                    "--lifeline",
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -22,7 +22,7 @@ from jobs.errors import LeaseLost, NotFound, StoreUnavailable
 from jobs.settings import Settings
 from jobs.spec import ChoreRecord
 from jobs.store import Store
-from worker.child import CORE, Child
+from worker.child import Child
 from worker.inputs import Inputs
 from worker.kinds import KINDS, Kind
 from worker.tail import Tail
@@ -55,7 +55,7 @@ class ChoreRunner:
     store: Store
     claim: ChoreRecord
     stopping: threading.Event
-    program: tuple[str, ...] = CORE
+    program: tuple[str, ...] | None = None
     kinds: Mapping[str, Kind] = field(default_factory=lambda: KINDS)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,6 @@ from jobs.settings import Settings
 from jobs.states import Stage
 from jobs.store import Store
 from worker.chats import ChatRunner
-from worker.child import CORE
 from worker.chores import ChoreRunner
 from worker.herald import Herald
 from worker.janitor import Janitor
@@ -41,7 +40,12 @@ class Host:
     """A worker process."""
 
     def __init__(
-        self, settings: Settings, store: Store, bell: Bell, *, program: tuple[str, ...] = CORE
+        self,
+        settings: Settings,
+        store: Store,
+        bell: Bell,
+        *,
+        program: tuple[str, ...] | None = None,
     ) -> None:
         self.settings, self.store, self.bell, self.program = settings, store, bell, program
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"

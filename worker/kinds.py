@@ -1,6 +1,6 @@
-"""How each kind of chore is done: which command of the core, what its config.json says, and what it may use.
+"""How each kind of chore is done: which command of `sat_io`, what its config.json says, and what it may use.
 
-A new kind is an entry of `KINDS` and a command of `sat_core` that reads config.json and leaves one JSON object. The bounds
+A new kind is an entry of `KINDS` and a command of `sat_io` that reads config.json and leaves one JSON object. The bounds
 hold for hostile input: a file that makes the child grow, loop or write without end costs its own chore.
 """
 
@@ -24,7 +24,7 @@ class Kind:
     """What is done for a chore.
 
     Attributes:
-        command: of the core.
+        command: of `sat_io`.
         config: config.json, from the chore; may raise NotFound.
         result: the JSON file that the child leaves in its folder.
         seconds: after so long it is ended.

@@ -26,7 +26,7 @@ from jobs.settings import Settings
 from jobs.spec import Claim, NewFile, new_id
 from jobs.states import Desired, Stage
 from jobs.store import Store
-from worker.child import CORE, Child
+from worker.child import Child
 from worker.energy import Meter
 from worker.inputs import PREPARE_FORMAT, Inputs
 from worker.slots import hardware
@@ -35,7 +35,8 @@ from worker.tail import Tail
 log = logging.getLogger(__name__)
 
 DONE, STOPPED, FAILED = 0, 10, 20
-POLL_SECONDS = 0.2
+# Between two transactions of a run: each costs training a little, and people look no more often.
+POLL_SECONDS = 0.5
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Runner:
     claim: Claim
     devices: str
     stopping: threading.Event
-    program: tuple[str, ...] = CORE
+    program: tuple[str, ...] | None = None
     result: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
     artifacts: Artifacts = field(init=False)

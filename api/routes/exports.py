@@ -24,7 +24,7 @@ from jobs.errors import NotFound
 from jobs.receipts import Receipt
 from jobs.spec import ChoreRecord
 from jobs.states import ChoreStatus
-from sat_core.plan.portable import gguf_refusal
+from sat_io.portable import gguf_refusal
 
 router = APIRouter(prefix="/v1/exports", tags=["exports"], dependencies=[Depends(require_key)])
 

@@ -33,7 +33,7 @@ from api.routes.uploads import too_large
 from api.schemas.files import FileObject
 from api.schemas.lists import After, Deleted, ListOf, Order
 from api.schemas.problems import answers
-from sat_core.plan.formats import FileCheck
+from sat_io.formats import FileCheck
 
 router = APIRouter(prefix="/v1/files", tags=["files"], dependencies=[Depends(require_key)])
 

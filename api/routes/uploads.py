@@ -24,7 +24,7 @@ from api.schemas.files import PartObject, UploadObject
 from api.schemas.problems import answers
 from jobs.errors import UploadClosed
 from jobs.spec import NewUpload, UploadPart, UploadRecord, new_id
-from sat_core.plan.formats import FileCheck
+from sat_io.formats import FileCheck
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], dependencies=[Depends(require_key)])
 

@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 from jobs.spec import NewFile
-from tests.sat_core.test_export import byte_model
 from tests.sat_core.tiny import write_model
+from tests.sat_io.test_export import byte_model
 from worker.chores import ChoreRunner
 
 from .finished import claim_job, finish_job, new_job

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.cli.running import Up, satune
-from tests.sat_core.test_export import byte_model
 from tests.sat_core.tiny import write_text
+from tests.sat_io.test_export import byte_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

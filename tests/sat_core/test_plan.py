@@ -212,7 +212,7 @@ def test_the_schema_lists_every_setting_with_its_limits() -> None:
 
 
 def test_the_plan_loads_no_torch() -> None:
-    code = "import sat_core, sat_core.plan.resolve, sat_core.plan.formats, sys; assert 'torch' not in sys.modules; assert 'numpy' not in sys.modules"
+    code = "import sat_core, sat_core.plan.resolve, sat_io.formats, sys; assert 'torch' not in sys.modules; assert 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

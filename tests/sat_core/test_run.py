@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sat_core.checkpoint import newest_good
-from sat_core.data.corpus import IGNORED_LABEL, Corpus
+from sat_core.corpus import IGNORED_LABEL, Corpus
 from sat_core.loss import token_loss
 from sat_core.model import load_model
 from sat_core.plan.schedule import learning_rate_at

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sat_core.__main__ import main
-from sat_core.data.corpus import IGNORED_LABEL, Batch
+from sat_core.__main__ import main as sat_core
+from sat_core.corpus import IGNORED_LABEL, Batch
 from sat_core.model import attention_implementation
 from sat_core.plan.config import SatConfig
 from sat_core.sparsity import Sparsity, sparsify
+from sat_io.__main__ import main as sat_io
 
 VOCAB = 96
 _SMALL: dict[str, Any] = {
@@ -139,8 +140,8 @@ def write_text(path: Path, *, documents: int = 60) -> Path:
 
 
 def run_core(command: str, folder: Path) -> int:
-    """The program's own `main`, in this process: importing torch anew costs seconds a run."""
-    return main([command, str(folder)])
+    """The programs' own `main`, in this process: importing torch anew costs seconds a run."""
+    return (sat_core if command == "train" else sat_io)([command, str(folder)])
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -1,1 +1,0 @@
-"""From data files to a memory-mapped corpus, and from the corpus to batches."""
