@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from sat_core import chat
 from sat_core.events import EventLog
 from sat_core.plan.errors import PlanError
+from sat_io import chat
 from tests.sat_core.tiny import read_events, write_model
 
 from .test_export import byte_model

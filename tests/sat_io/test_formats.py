@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sat_core.plan import streams
 from sat_core.plan.errors import DataError
-from sat_io import reading
+from sat_io import reading, streams
 from sat_io.formats import FileCheck, FileReport
 from sat_io.reading import read_rows
 from sat_io.rows import Conversation, RowError, Text, detect_format, parse_row
