@@ -58,7 +58,11 @@ FILES = {
     "bom.csv": b"\xef\xbb\xbf" + as_csv(PAIRS),
     "d.parquet": as_parquet(PAIRS, row_group_size=2),
 }
-FILES |= {f"{name}.gz": gzip.compress(data) for name, data in FILES.items() if name != "d.parquet"}
+FILES |= {
+    f"{name}.gz": gzip.compress(data, mtime=0)
+    for name, data in FILES.items()
+    if name != "d.parquet"
+}
 
 
 @pytest.mark.parametrize("filename", FILES)
@@ -157,11 +161,16 @@ def test_gzip_that_ends_between_two_pieces_of_output_is_whole() -> None:
         ("d.csv", b"what,ever\na,b\n", "unknown_format", "first row must name the columns"),
         ("d.csv", b'prompt,completion\n"a,b\n', "bad_csv", "line 2: not valid CSV"),
         ("d.csv", b'prompt,completion\na,b\n\n"c\n d",\xff\n', "not_utf8", "at offset 30"),
-        ("d.jsonl", gzip.compress(b"{}"), "unknown_format", "must end in .gz"),
-        ("d.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "unknown_format", "gzip data"),
+        ("d.jsonl", gzip.compress(b"{}", mtime=0), "unknown_format", "must end in .gz"),
+        (
+            "d.jsonl.gz",
+            gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0),
+            "unknown_format",
+            "gzip data",
+        ),
         ("d.jsonl.gz", b"{}", "bad_gzip", "not valid gzip"),
         ("d.jsonl.gz", FILES["d.jsonl.gz"][:-4], "bad_gzip", "cut off"),
-        ("d.parquet.gz", gzip.compress(FILES["d.parquet"]), "bad_parquet", "without gzip"),
+        ("d.parquet.gz", gzip.compress(FILES["d.parquet"], mtime=0), "bad_parquet", "without gzip"),
         ("d.parquet", FILES["d.parquet"][:-1], "bad_parquet", "PAR1"),
         ("d.parquet", b"", "empty_file", "no rows"),
         ("d.csv", b"prompt,completion\n", "empty_file", "no rows"),
