@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
         dense_rate = results.rate(setting.name, DENSE[0].name)
         middle = results.rate(setting.name, DEFAULT.name)
         for cell in SAT[1:]:
-            for rate in (middle, middle / 2, middle * 2):
+            for rate in (middle, middle / 2, middle * 2) if args.tune else (middle,):
                 results.run(setting, cell, rate, seed, args.work)
         for seed in SEEDS:
             for cell in DENSE:
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("var/ablation"))
     parser.add_argument("--json", type=Path, default=Path("docs/evidence/ablation.jsonl"))
+    parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="a learning rate for each cell, not the default's")  # fmt: skip
     parser.add_argument("--only", nargs="*", help="settings to run, as in stories/far")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
