@@ -83,6 +83,7 @@ ERRORS: dict[str, ErrorSpec] = {
     "job_terminal": ErrorSpec(409, "The job has already ended"),
     "job_not_pausable": ErrorSpec(409, "The job cannot be paused or resumed now"),
     "file_in_use": ErrorSpec(409, "Jobs still need the file"),
+    "model_in_use": ErrorSpec(409, "Jobs start from the model"),
     "model_not_deletable": ErrorSpec(409, "The model cannot be deleted here"),
     "last_admin_key": ErrorSpec(409, "A lasting key with scope admin must remain"),
     "project_not_archivable": ErrorSpec(409, "The project must stay"),
@@ -206,6 +207,8 @@ def translate(error: Exception) -> ApiError:
             return ApiError("unknown_model", str(error), "model")
         case store_errors.FileInUse():
             return ApiError("file_in_use", str(error), "file_id")
+        case store_errors.ModelInUse():
+            return ApiError("model_in_use", str(error), "model")
         case store_errors.IdempotencyMismatch():
             return ApiError("idempotency_key_reused", str(error), "Idempotency-Key")
         case store_errors.InProgress():

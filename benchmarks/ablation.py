@@ -216,8 +216,12 @@ def settings(data: Path, work: Path) -> list[Setting]:
     if not stories.exists():
         print(f"{stories} is not there: only the demo's model is trained")
         return found
-    text = data / "datasets" / "pretrain" / "tinyshakespeare.txt"
-    return [*found, Setting("stories/far", stories, text, 200)]
+    texts = data / "datasets" / "pretrain"
+    return [
+        *found,
+        Setting("stories/near", stories, texts / "tinystories_train.txt", 200),
+        Setting("stories/far", stories, texts / "tinyshakespeare.txt", 200),
+    ]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@
     ├── InvalidCursor (ValueError)          `after` names nothing in this list
     ├── InvalidModelName (ValueError)       a model name that could leave its root
     ├── FileInUse (ValueError)              jobs that have not ended need the file; `.job_ids`
+    ├── ModelInUse (ValueError)             jobs that have not ended start from the model; `.job_ids`
     ├── IdempotencyMismatch (ValueError)    the key was used with another body
     ├── InProgress (RuntimeError)           an equal request is being answered
     ├── QuotaExceeded (ValueError)          the project is at a limit; `.quota`
@@ -50,6 +51,12 @@ class InvalidModelName(JobsError, ValueError):
 
 class FileInUse(JobsError, ValueError):
     """Jobs that have not ended need the file."""
+
+    job_ids: tuple[str, ...] = ()
+
+
+class ModelInUse(JobsError, ValueError):
+    """Jobs that have not ended start from the model."""
 
     job_ids: tuple[str, ...] = ()
 

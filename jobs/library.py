@@ -12,7 +12,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from jobs.db import is_postgresql
-from jobs.errors import FileInUse, InvalidCursor, NotFound
+from jobs.errors import FileInUse, InvalidCursor, ModelInUse, NotFound
 from jobs.models import ChoreRow, FileRow, JobRow, ModelRow
 from jobs.names import find_checkpoint
 from jobs.quotas import take_storage
@@ -146,9 +146,16 @@ class Library(Transactions):
             )
 
     def delete_model(self, project: str, name: str) -> None:
-        """Forget a result; its folder is the caller's to remove. Raises NotFound."""
+        """Forget a result; its folder is the caller's to remove.
+
+        Raises:
+            NotFound: no such result.
+            ModelInUse: jobs that have not ended start from it.
+        """
         with self.writing() as session:
-            session.delete(_find_model(session, project, name))
+            row = _find_model(session, project, name)
+            refuse_used_model(session, project, name)
+            session.delete(row)
 
 
 def file_row(project: str, file: NewFile) -> FileRow:
@@ -179,6 +186,17 @@ def _refuse_used(session: Session, project: str, file_id: str) -> None:
     jobs = session.execute(active)
     if users := tuple(id for id, *files in jobs if file_id in _files_of(*files)):
         error = FileInUse(f"{file_id} is needed by {', '.join(users)}, which have not ended")
+        error.job_ids = users
+        raise error
+
+
+def refuse_used_model(session: Session, project: str, name: str) -> None:
+    """Raises ModelInUse where jobs that have not ended start from the result or checkpoint of this public name."""
+    active = select(JobRow.id).where(
+        JobRow.project == project, JobRow.model == name, JobRow.status.in_(ACTIVE)
+    )
+    if users := tuple(session.scalars(active)):
+        error = ModelInUse(f"{', '.join(users)}, which have not ended, start from {name}")
         error.job_ids = users
         raise error
 

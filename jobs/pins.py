@@ -12,9 +12,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from jobs.errors import NotFound
-from jobs.library import record_of
+from jobs.library import record_of, refuse_used_model
 from jobs.models import CheckpointRow
 from jobs.moves import locked
+from jobs.names import checkpoint_name
 from jobs.reads import find_job
 from jobs.spec import CheckpointRecord
 from jobs.transactions import Transactions
@@ -49,10 +50,16 @@ class Pins(Transactions):
     def unpin_checkpoint(
         self, project: str, found: CheckpointRecord, *, still_there: bool
     ) -> CheckpointRecord:
-        """Leave the checkpoint to its run again; where the run has deleted it, it goes. Raises NotFound."""
+        """Leave the checkpoint to its run again; where the run has deleted it, it goes.
+
+        Raises:
+            NotFound: it was deleted since it was found.
+            ModelInUse: jobs that have not ended start from it.
+        """
         with self.writing() as session:
             job = locked(session, find_job(session, project, found.job_id))
             row = _find(session, found.job_id, found.id)
+            refuse_used_model(session, project, checkpoint_name(job, row.step))
             if row.pinned_from is not None:
                 row.path, row.pinned_from = row.pinned_from, None
                 job.version += 1

@@ -200,7 +200,7 @@ def pin_checkpoint(job_id: str, checkpoint_id: str, app: App, key: Caller) -> Ch
 @router.post(
     "/checkpoints/{checkpoint_id}/unpin",
     operation_id="unpinFineTuningJobCheckpoint",
-    responses=answers("job_not_found", "checkpoint_not_found"),
+    responses=answers("job_not_found", "checkpoint_not_found", "model_in_use"),
 )
 def unpin_checkpoint(job_id: str, checkpoint_id: str, app: App, key: Caller) -> Checkpoint:
     """Leave a checkpoint to its run again. One that the run has tidied away meanwhile is deleted: `available` is false."""

@@ -32,7 +32,7 @@ def retrieve_model(model: str, app: App, key: Caller) -> Model:
 @router.delete(
     "/{model:path}",
     operation_id="deleteModel",
-    responses=answers("model_not_found", "model_not_deletable"),
+    responses=answers("model_not_found", "model_not_deletable", "model_in_use"),
 )
 def delete_model(model: str, app: App, key: Caller) -> Deleted:
     """Delete a result and its files."""

@@ -205,6 +205,11 @@ def test_a_pinned_checkpoint_outlives_its_run_and_is_a_model(client, services, f
     checkpoint(services, again, 10)
     assert client.get(url).json()["pinned"]
 
+    needed = client.post(f"{url}/unpin")
+    assert (needed.status_code, needed.json()["error"]["code"]) == (409, "model_in_use")
+    assert child["id"] in needed.json()["error"]["message"]
+    assert path.is_dir()
+    client.post(f"{JOBS}/{child['id']}/cancel")
     unpinned = client.post(f"{url}/unpin").json()
     assert (unpinned["pinned"], unpinned["available"]) == (False, False)
     assert not path.exists()

@@ -192,7 +192,10 @@ def test_a_finished_job_gives_metrics_report_and_its_model(client, services, fil
     assert f"{job}/model.safetensors" in names
 
     assert client.get(f"/v1/models/{model}").json()["job"] == job
-    assert create(client, file_id, model=model).status_code == 200
+    child = create(client, file_id, model=model).json()["id"]
+    needed = client.delete(f"/v1/models/{model}")
+    assert (needed.status_code, needed.json()["error"]["code"]) == (409, "model_in_use")
+    client.post(f"{JOBS}/{child}/cancel")
     assert client.delete(f"/v1/models/{model}").json()["deleted"] is True
     assert client.get(f"/v1/models/{model}").json()["error"]["code"] == "model_not_found"
     assert client.get(f"{JOBS}/{job}/result").status_code == 409
