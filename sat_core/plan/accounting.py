@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sat_core.plan.schedule import awake_units, layer_rates
+from sat_core.plan.schedule import awake_units, exempt_layers, layer_rates
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -110,9 +110,10 @@ def unit_cost(shape: ModelShape, kind: str, unit: str) -> float:
 
 def planned_widths(shape: ModelShape, sat: SatConfig, share: float, multiple: int) -> Widths:
     """Awake units for a share of the full rates."""
-    mlp = layer_rates(sat.mlp_rate, shape.num_layers, sat.allotment)
+    exempt = exempt_layers(sat.allotment, sat.exempt_layers, shape.num_layers)
+    mlp = layer_rates(sat.mlp_rate, shape.num_layers, exempt)
     attention = layer_rates(
-        0.0 if shape.whole_heads else sat.attention_rate, shape.num_layers, sat.allotment
+        0.0 if shape.whole_heads else sat.attention_rate, shape.num_layers, exempt
     )
     units = attention_units(shape, sat.attention_unit)
     awake = sum(awake_units(units, share * rate, 1) for rate in attention)

@@ -49,6 +49,7 @@ class SatConfig:
         pooled: spend both as one budget of FLOPs, on either kind of unit wherever least is lost; needs sensitivity.
         schedule, dense_start, sparse_share, rungs: see `plan.schedule`.
         allotment: how a mean rate is spread over layers; see `sat_core.allotment`.
+        exempt_layers: first and last layers that stay dense; None is none, or a sixteenth with the allotment `exempt`.
         metric: score of a unit; see `sat_core.importance`.
         selector, temperature, explore: how scores become a choice; see `sat_core.selection`.
         ema: weight in [0, 1) of the older scores at a refresh.
@@ -70,6 +71,7 @@ class SatConfig:
     sparse_share: float = 0.7
     rungs: int = 4
     allotment: Allotment = "sensitivity"
+    exempt_layers: int | None = None
     metric: Metric = "activation"
     selector: Selector = "top_k"
     temperature: float = 1.0

@@ -27,6 +27,7 @@ from sat_core.plan.config import (
 )
 from sat_core.plan.errors import ConfigError
 
+Priority = Literal["low", "normal", "high"]
 DataFormat = Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"]
 
 
@@ -187,6 +188,25 @@ class Checkpoints:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a worker must have to train the job; a job waits until one that has it is free."""
+
+    device: Literal["any", "cpu", "gpu"] = setting("any", "Where it may train.")
+    min_memory_gib: float | None = setting(
+        None, "Memory of its GPU, or of its machine where it has none, at least; in GiB.", gt=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a run may take before it is ended, its last checkpoint written."""
+
+    max_seconds: int | None = setting(
+        None, "Seconds of training, over all attempts; then the job fails.", ge=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SatSettings:
     """Sparsity-Accelerated Training and everything else that OpenAI's body has no place for."""
 
@@ -205,12 +225,22 @@ class SatSettings:
         "sensitivity",
         "How the rate is spread: by measured sensitivity, first and last layers dense, or the same everywhere.",
     )
+    exempt_layers: int | None = setting(
+        None,
+        "First and last layers that stay dense; auto is none, or with the allotment exempt a sixteenth of all.",
+        ge=0,
+    )
     compensation: bool = setting(False, "Add the mean contribution of the sleepers as a bias.")
     asleep_on: AsleepOn = setting("device", "Where the weights of sleepers wait.")
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     eval: Eval = field(default_factory=Eval)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    priority: Priority = setting(
+        "normal", "Of jobs that wait, high ones start before normal ones and these before low ones."
+    )
+    resources: Resources = field(default_factory=Resources)
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, kw_only=True)

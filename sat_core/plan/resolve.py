@@ -14,7 +14,7 @@ from sat_core.plan.accounting import attention_units, run_flops_ratio
 from sat_core.plan.config import GRADIENT_METRICS, PRESETS, SatConfig, TrainConfig
 from sat_core.plan.errors import ConfigError, DataError
 from sat_core.plan.families import family_of
-from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE
+from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE, MAX_LAYER_RATE, exempt_layers
 
 if TYPE_CHECKING:
     from sat_core.plan.families import ModelShape
@@ -181,6 +181,7 @@ def resolve_sat(
         attention_rate=attention,
         schedule=sat.schedule.type,
         allotment=sat.allotment,
+        exempt_layers=exempt_layers(sat.allotment, sat.exempt_layers, shape.num_layers),
         compensation=sat.compensation,
         asleep_on=sat.asleep_on,
         seed=request.seed or 0,
@@ -198,6 +199,7 @@ def resolve_sat(
                 f"Trained dense: {why}. Set sat.mode to on to have it anyway."
             ]
     _refuse_impossible(config, shape)
+    _refuse_too_many_exempt(sat.exempt_layers or 0, config, shape)
     return config, _warnings(config, shape)
 
 
@@ -216,6 +218,18 @@ def _refuse_impossible(config: SatConfig, shape: ModelShape) -> None:
     if config.compensation and shape.experts > 1:
         raise ConfigError(
             "sat.compensation is true; inside experts it is not supported.", "sat.compensation"
+        )
+
+
+def _refuse_too_many_exempt(asked: int, config: SatConfig, shape: ModelShape) -> None:
+    """The layers between the exempt ones must be able to give the whole mean rate."""
+    rate = max(config.mlp_rate, config.attention_rate)
+    most = math.floor(shape.num_layers * (1 - rate / MAX_LAYER_RATE) / 2)
+    if rate and asked > most:
+        raise ConfigError(
+            f"sat.exempt_layers is {asked}; with an omission rate of {rate:g} at most {most} of {shape.num_layers} layers "
+            "can stay dense at each end.",
+            "sat.exempt_layers",
         )
 
 

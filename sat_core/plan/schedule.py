@@ -99,16 +99,22 @@ class Ladder:
         return min(self.total_steps, max(self._dense_end(), constant))
 
 
-def layer_rates(mean_rate: float, num_layers: int, allotment: str) -> tuple[float, ...]:
+def exempt_layers(allotment: str, asked: int | None, num_layers: int) -> int:
+    """How many layers stay dense at each end: as asked, else with the allotment `exempt` a sixteenth, at least one."""
+    if asked is not None:
+        return asked
+    return max(1, num_layers // 16) if allotment == "exempt" else 0
+
+
+def layer_rates(mean_rate: float, num_layers: int, exempt: int) -> tuple[float, ...]:
     """Omission rate of each layer, their mean being `mean_rate`.
 
-    `uniform` is the same everywhere; `sensitivity` is planned so, for it is allotted by measurement when a stage of the
-    ladder begins (`sat_core.allotment`) and keeps the mean. `exempt` keeps the first and the last max(1, layers // 16)
-    dense and lets the others give more, up to 15/16; what they cannot give falls back on the exempt ones.
+    The first and the last `exempt` layers stay dense and the others give more, up to 15/16; what they cannot give falls
+    back on the exempt ones. By sensitivity it is planned so too: that allotment is measured when a stage of the ladder
+    begins (`sat_core.allotment`) and keeps the mean.
     """
-    exempt = max(1, num_layers // 16)
     inner = num_layers - 2 * exempt
-    if allotment != "exempt" or inner < 1 or mean_rate == 0:
+    if not exempt or inner < 1 or mean_rate == 0:
         return (mean_rate,) * num_layers
     inner_rate = min(mean_rate * num_layers / inner, max(MAX_LAYER_RATE, mean_rate))
     outer_rate = max(0.0, (mean_rate * num_layers - inner_rate * inner) / (2 * exempt))

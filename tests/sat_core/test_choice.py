@@ -250,6 +250,23 @@ def test_sensitivity_spends_the_users_rate_on_few_widths(model_type: str) -> Non
     assert report.dense_loss is not None
 
 
+@pytest.mark.parametrize(
+    ("allotment", "pooled"), [("uniform", False), ("sensitivity", False), ("sensitivity", True)]
+)
+def test_exempt_layers_stay_dense_and_the_others_give_their_share(
+    allotment: Any, pooled: bool
+) -> None:
+    model = tiny_model("llama", kv_heads=4, num_hidden_layers=6)
+    sparsity = sparsity_of(model, mlp_rate=0.5, attention_rate=0.25, allotment=allotment, exempt_layers=1, pooled=pooled)  # fmt: skip
+    sparsity.choose(0, random_batch(0))
+    for blocks in (sparsity.mlp, sparsity.attention):
+        assert [b.num_awake == b.num_units for b in (blocks[0], blocks[-1])] == [True, True]
+    assert any(b.num_awake < b.num_units for b in sparsity.blocks)
+    if not pooled:
+        # Tiles of eight are coarse on 48 channels.
+        assert sparsity.realised_rates()[0] == pytest.approx(0.5, abs=0.06)
+
+
 def test_one_budget_is_spent_on_either_kind() -> None:
     model, batch = tiny_model("llama", kv_heads=4), random_batch(0)
     apart = sparsity_of(

@@ -16,7 +16,7 @@ from sat_core.plan.config import SatConfig
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.request import RunRequest, sat_json_schema
 from sat_core.plan.resolve import resolve
-from sat_core.plan.schedule import Ladder, awake_units, layer_rates
+from sat_core.plan.schedule import Ladder, awake_units, exempt_layers, layer_rates
 from tests.sat_core.tiny import random_batch, sparsity_of, tiny_model
 
 
@@ -56,16 +56,19 @@ def test_the_ladder_of_the_documentation() -> None:
     ]
 
 
-@given(st.floats(0, 0.99), st.integers(1, 80), st.sampled_from(["uniform", "exempt"]))
-def test_layers_share_the_rate_the_user_set(rate: float, layers: int, allotment: str) -> None:
-    rates = layer_rates(rate, layers, allotment)
+@given(st.floats(0, 0.99), st.integers(1, 80), st.integers(0, 40))
+def test_layers_share_the_rate_the_user_set(rate: float, layers: int, exempt: int) -> None:
+    rates = layer_rates(rate, layers, exempt)
     assert len(rates) == layers
     assert sum(rates) / layers == pytest.approx(rate, abs=1e-9)
     assert all(0 <= r < 1 for r in rates)
 
 
 def test_exempt_layers_stay_dense() -> None:
-    assert layer_rates(0.5, 6, "exempt") == (0, 0.75, 0.75, 0.75, 0.75, 0)
+    assert exempt_layers("exempt", None, 6) == 1
+    assert exempt_layers("sensitivity", None, 6) == 0
+    assert exempt_layers("sensitivity", 2, 6) == 2
+    assert layer_rates(0.5, 6, 1) == (0, 0.75, 0.75, 0.75, 0.75, 0)
 
 
 @given(st.integers(1, 20000), st.floats(0, 0.999), st.sampled_from([1, 8, 128]))
@@ -188,6 +191,20 @@ def test_auto_trains_dense_where_sparsity_is_not_worth_it(
     )  # fmt: skip
     assert (made.config.sat.mlp_rate == 0) == (said is not None)
     assert said is None or any(said in warning for warning in made.warnings)
+
+
+def test_as_many_layers_are_exempt_as_the_others_can_make_up_for() -> None:
+    shape = sparsity_of(tiny_model(num_hidden_layers=6)).shape
+
+    def stated(asked: int | None) -> int | None:
+        sat = {"omission_rate": {"mlp": 0.5}, "exempt_layers": asked}
+        request = RunRequest.from_dict({"model": "m", "sat": sat})
+        made = resolve(request, shape, FIGURES, model_path=None, revision=None, corpus="c")
+        return made.config.sat.exempt_layers
+
+    assert (stated(None), stated(1)) == (0, 1)
+    with pytest.raises(ConfigError, match="at most 1 of 6 layers"):
+        stated(2)
 
 
 def test_a_request_survives_its_json_form() -> None:
