@@ -15,12 +15,14 @@ from typing import Any
 from api.errors import ApiError, refuse_unknown
 from jobs.chores import storable
 from jobs.spec import NewFile, new_id
-from sat_io.formats import PARQUET_UNREAD, FileCheck, FileReport
+from sat_io.formats import FileCheck, FileReport
 from sat_io.rows import FORMATS as ROW_FORMATS
 
 PURPOSE = "fine-tune"
 FORMATS = ("auto", *ROW_FORMATS)
 PARTIAL = ".part-"
+# While JSON is parsed nobody else is answered: this takes some .1 s. What is larger waits for a worker.
+PIECE_BYTES = 2**20
 EXPIRES_SECONDS = (3600, 2_592_000)
 MAX_PROBLEMS_SHOWN = 100
 FORMAT_FIELD, KEEP_FIELD = "sat[format]", "sat[keep_invalid]"
@@ -175,7 +177,6 @@ def new_file(draft: Draft, filename: str, terms: Terms, created_at: float) -> Ne
             "file",
             problems=[asdict(problem) for problem in report.problems[:MAX_PROBLEMS_SHOWN]],
         )
-    unread = PARQUET_UNREAD in report.warnings
     expires = terms.expires_seconds
     return NewFile(
         id=new_id("file-"),
@@ -186,7 +187,7 @@ def new_file(draft: Draft, filename: str, terms: Terms, created_at: float) -> Ne
         format=report.format,
         rows=report.rows,
         report=storable(verdict(report, filename)),
-        status="error" if not report.ok else "uploaded" if unread else "processed",
+        status="uploaded" if report.unread else "processed" if report.ok else "error",
         expires_at=None if expires is None else created_at + expires,
     )
 

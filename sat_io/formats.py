@@ -3,7 +3,8 @@
 The checker sees each byte once and holds one row at a time, so an upload is judged when it ends, in bounded memory, and a
 broken row is named by its line, byte offset and JSON pointer. Rows come from `plan.parsing` and their meaning from
 `plan.rows`, both shared with the reader of `prepare`. Parquet is the exception: its index lies at the end, so only the
-frame of the file is checked here, and `prepare` refuses a broken row with the same words.
+frame of the file is checked here; and JSON in larger pieces than whoever checks may parse. Both are `unread`, for a
+worker to judge, and `prepare` refuses a broken row with the same words.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sat_io.parsing import RowStream, kind_of
+from sat_io.parsing import UNREAD, RowStream, kind_of
 from sat_io.rows import RowError, detect_format, parse_row
-from sat_io.streams import BOM, Item
+from sat_io.streams import BOM, MAX_ARRAY_BYTES, Item
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sat_io.rows import Conversation, Text
 
 MAX_PROBLEMS = 100
-PARQUET_UNREAD = "The rows of a Parquet file are checked by a worker, not while they arrive."
+UNREAD_WARNING = "The rows of this file are checked by a worker, not while they arrive."
 PARQUET_MAGIC = b"PAR1"
 # Magic, four bytes of length and the magic again: what is left when a Parquet file holds nothing.
 _PARQUET_FRAME_BYTES = 12
@@ -45,7 +46,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport:
-    """The verdict on a file; `rows` counts usable rows: lines of text for `text` files, 0 for Parquet."""
+    """The verdict on a file; `rows` counts usable rows: lines of text for `text` files. `unread` ones are not judged yet."""
 
     format: str
     rows: int
@@ -53,6 +54,7 @@ class FileReport:
     problem_count: int = 0
     warnings: tuple[str, ...] = ()
     encoding: str | None = "utf-8"
+    unread: bool = False
 
     @property
     def ok(self) -> bool:
@@ -61,6 +63,8 @@ class FileReport:
 
     def summary(self, filename: str) -> str:
         """One sentence that holds the fix."""
+        if self.ok and self.unread:
+            return f"{filename}: {UNREAD_WARNING}"
         if self.ok:
             return f"{filename}: {self.rows} rows of format {self.format}."
         first = self.problems[0]
@@ -81,12 +85,15 @@ class FileCheck:
     Attributes:
         filename: the owner's name.
         format: of the rows, or "auto".
+        piece_bytes: JSON that has more in one piece, a line or an array, is left unread.
         each: told every good row of a table of rows; may raise RowError, then the row is a bad one.
     """
 
     filename: str
     format: str = "auto"
+    piece_bytes: int = MAX_ARRAY_BYTES
     each: Callable[[Item, Text | Conversation], None] | None = None
+    _unread: bool = False
     _rows: int = 0
     _problems: list[Problem] = field(default_factory=list)
     _problem_count: int = 0
@@ -101,7 +108,9 @@ class FileCheck:
         if self._kind == "text":
             self.format = "text"
         self._packed_parquet = packed and self._kind == "parquet"
-        self._stream = None if self._kind == "parquet" else RowStream(self.filename)
+        self._stream = (
+            None if self._kind == "parquet" else RowStream(self.filename, self.piece_bytes)
+        )
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the file, in order."""
@@ -115,27 +124,28 @@ class FileCheck:
 
     def finish(self) -> FileReport:
         """The verdict, once all bytes were fed."""
-        unread = self._stream is None and self._rows == 0
         if self._stream is None and self._problem_count == 0:
             self._judge_frame()
+            self._unread = not (self._rows or self._problem_count)
         for item in self._stream.feed(b"", last=True) if self._stream else ():
             self.judge(item)
-        if self._stream and self._rows == 0 and self._problem_count == 0:
+        if self._stream and not (self._rows or self._problem_count or self._unread):
             self._problem(EMPTY_FILE)
         return FileReport(
             format=self.format,
             rows=self._rows,
             problems=tuple(self._problems),
             problem_count=self._problem_count,
-            warnings=self._warnings(unread=unread) if self._problem_count == 0 else (),
+            warnings=self._warnings() if self._problem_count == 0 else (),
             encoding=None if self._stream is None else "utf-8-sig" if self._bom else "utf-8",
+            unread=self._unread,
         )
 
-    def _warnings(self, *, unread: bool) -> tuple[str, ...]:
+    def _warnings(self) -> tuple[str, ...]:
         # In tables both are customary.
         lines = self._kind == "lines"
         said = {
-            PARQUET_UNREAD: unread,
+            UNREAD_WARNING: self._unread,
             "The file begins with a byte-order mark, which is left out.": lines and self._bom,
             f"{self._crlf} lines end in CRLF.": lines and self._crlf,
         }
@@ -145,7 +155,9 @@ class FileCheck:
         """Take one row, or what is wrong with it."""
         self._bom |= item.byte_offset == 0 and item.raw.startswith(BOM)
         self._crlf += item.raw.endswith(b"\r")
-        if item.error is not None:
+        if item.error is UNREAD:
+            self._unread = True
+        elif item.error is not None:
             self._problem(item.error, item)
         elif self._kind == "text":
             self._rows += bool(item.row.strip())

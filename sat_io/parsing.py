@@ -1,8 +1,9 @@
 """Bytes of a data file to rows, pushed in as they come.
 
 `RowStream` decides by the file's name, holds one row at a time (a .json array whole) and gives each row or what is wrong
-with it, so the upload check and the reader of `prepare` see the same rows and the same faults. The road not taken is
-pulling from an open file: an upload has none.
+with it, so the upload check and the reader of `prepare` see the same rows and the same faults. JSON takes some twenty
+times its bytes as objects, and a process waits until the last one is made, so whoever serves others names the most that
+it parses in one piece. The road not taken is pulling from an open file: an upload has none.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _FOREIGN = (
     (b"<html", 0, "a web page, not data"),
 )
 
-
+# In place of what is left to whoever may parse larger pieces.
+UNREAD = RowError("unread", "", "more than is parsed in one piece here")
 _KINDS = {".txt": "text", ".md": "text", ".json": "array", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -49,16 +51,21 @@ def kind_of(filename: str) -> tuple[str, bool]:
 class RowStream:
     """The rows of one file: `feed` its bytes in order. After an item that is `last` all is ignored."""
 
-    def __init__(self, filename: str) -> None:
-        """`filename` is the owner's name for the file; any but Parquet."""
+    def __init__(self, filename: str, piece_bytes: int = MAX_ARRAY_BYTES) -> None:
+        """Begin.
+
+        Args:
+            filename: the owner's name for the file; any but Parquet.
+            piece_bytes: a line or an array of JSON that has more is UNREAD.
+        """
         self._kind, packed = kind_of(filename)
         self._gunzip = Gunzip() if packed else None
         self._head: bytes | None = b""
         parsers: dict[str, Callable[[], _Parser]] = {
             "text": lambda: EachLine(_text_rows, cut=True),
-            "array": JsonArray,
+            "array": lambda: JsonArray(piece_bytes),
             "csv": CsvRows,
-            "lines": lambda: EachLine(_json_rows),
+            "lines": lambda: EachLine(_json_rows, piece_bytes),
         }
         self._parser = parsers[self._kind]()
         self._done = False
@@ -96,13 +103,21 @@ class RowStream:
 class EachLine:
     """Rows of a file in which each line is one, or none; `read` says which."""
 
-    def __init__(self, read: Callable[[Line], Iterator[Any]], *, cut: bool = False) -> None:
-        self._read, self._lines = read, Lines(cut=cut)
+    def __init__(
+        self,
+        read: Callable[[Line], Iterator[Any]],
+        piece_bytes: int = MAX_ARRAY_BYTES,
+        *,
+        cut: bool = False,
+    ) -> None:
+        self._read, self._most, self._lines = read, piece_bytes, Lines(cut=cut)
 
     def feed(self, data: bytes, *, last: bool) -> Iterator[Item]:
         """Rows that these bytes complete."""
         for line in self._lines.feed(data, last=last):
             try:
+                if len(line.raw) > self._most:
+                    raise UNREAD
                 yield from map(line.item, self._read(line))
             except RowError as error:
                 yield line.item(error=error)
@@ -111,7 +126,8 @@ class EachLine:
 class JsonArray:
     """One JSON array of rows, held whole; JSON Lines under the name .json are read as such."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece_bytes: int) -> None:
+        self._most = piece_bytes
         self._held: list[bytes] = []
         self._size = 0
 
@@ -123,7 +139,11 @@ class JsonArray:
             self._held.clear()
             message = f"a .json array may have {MAX_ARRAY_BYTES} bytes; use JSON Lines"
             raise RowError("too_long", "", message)
-        if last:
+        if self._size > self._most:
+            self._held.clear()
+            if last:
+                raise UNREAD
+        elif last:
             yield from self._rows()
 
     def _rows(self) -> Iterator[Item]:

@@ -151,7 +151,9 @@ def _sharegpt(row: dict[str, Any]) -> Conversation:
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             allowed = ", ".join(SPEAKERS)
-            raise RowError("bad_role", f"{place}/from", f"from {speaker!r} is not one of {allowed}")
+            raise RowError(
+                "bad_role", f"{place}/from", f"from {speaker!r:.60} is not one of {allowed}"
+            )
         value = _string(turn, "value", place, empty=role != "assistant")
         message: dict[str, Any] = {"role": role, "content": value}
         if speaker in _CALLS:

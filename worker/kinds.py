@@ -83,6 +83,8 @@ def _export(chore: ChoreRecord, inputs: Inputs) -> dict[str, Any]:
 
 # A .json array of the largest size is held whole, and takes some ten times its bytes as objects.
 _READER = Bounds(memory_bytes=4 * GIB, file_bytes=64 * 2**20)
+# Whether a job waits for it or an estimate; a corpus has the size that its files give it.
+PREPARING = Bounds(memory_bytes=8 * GIB, file_bytes=64 * GIB)
 
 KINDS: dict[str, Kind] = {
     "preview": Kind(
@@ -99,13 +101,12 @@ KINDS: dict[str, Kind] = {
         seconds=1800,
         bounds=_READER,
     ),
-    # A corpus has the size that its files give it.
     "estimate": Kind(
         command="prepare",
         config=_estimate,
         result="train.json",
         seconds=3600,
-        bounds=Bounds(memory_bytes=8 * GIB, file_bytes=64 * GIB),
+        bounds=PREPARING,
     ),
     # Its input is a model of our own making; at most a whole model stands in memory, once more in another dtype.
     "export": Kind(

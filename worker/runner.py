@@ -29,6 +29,7 @@ from jobs.store import Store
 from worker.child import Child
 from worker.energy import Meter
 from worker.inputs import PREPARE_FORMAT, Inputs
+from worker.kinds import PREPARING
 from worker.slots import hardware
 from worker.tail import Tail
 
@@ -66,7 +67,13 @@ class Runner:
             self.folder.mkdir(parents=True)
             (self.folder / "config.json").write_text(json.dumps(self._config(), indent=1), "utf-8")
             meter = Meter(self.devices)
-            child = Child(self.claim.stage, self.folder, devices=self.devices, program=self.program)
+            child = Child(
+                self.claim.stage,
+                self.folder,
+                devices=self.devices,
+                program=self.program,
+                bounds=PREPARING if self.claim.stage is Stage.PREPARE else None,
+            )
             try:
                 self._attend(child)
             finally:

@@ -19,6 +19,7 @@ from api.drafts import (
     FORMAT_FIELD,
     FORMATS,
     KEEP_FIELD,
+    PIECE_BYTES,
     PURPOSE,
     SECONDS_FIELD,
     Draft,
@@ -102,7 +103,7 @@ async def create_file(request: Request, app: App, key: Caller, creating: once.Cr
     def opener(filename: str, fields: Mapping[str, str]) -> Draft:
         names.append(shown_name(filename))
         early.extend(fields)
-        check = FileCheck(names[0], declared_format(fields))
+        check = FileCheck(names[0], declared_format(fields), PIECE_BYTES)
         return Draft(app.artifacts.files, limit, refuse, check)
 
     form = Form(

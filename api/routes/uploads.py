@@ -16,7 +16,16 @@ from pydantic import Field
 from api import once
 from api.auth import Caller, require_key
 from api.deps import App, Services
-from api.drafts import EXPIRES_SECONDS, FORMATS, PURPOSE, Draft, Terms, new_file, shown_name
+from api.drafts import (
+    EXPIRES_SECONDS,
+    FORMATS,
+    PIECE_BYTES,
+    PURPOSE,
+    Draft,
+    Terms,
+    new_file,
+    shown_name,
+)
 from api.errors import ApiError
 from api.multipart import FEED_BYTES, Form, receive, receiving
 from api.schemas.bodies import Body, described, read
@@ -234,7 +243,7 @@ def _make_file(app: Services, project: str, upload_id: str, body: CompleteUpload
         app.artifacts.files,
         limit,
         lambda: too_large(limit, "bytes"),
-        FileCheck(upload.filename, terms.declared),
+        FileCheck(upload.filename, terms.declared, PIECE_BYTES),
     )
     try:
         _join(app, draft, upload_id, parts, body.md5)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import threading
 import time
 
 import openai
 import pytest
 from sqlalchemy import Connection, Engine, event
 
+from api.drafts import PIECE_BYTES
 from jobs.errors import StoreUnavailable
+from worker.chores import ChoreRunner
 from worker.janitor import Janitor
 
 from .conftest import KEY, ROW, create, upload
@@ -256,3 +260,21 @@ def test_a_refusal_long_before_all_has_arrived_is_read_by_the_official_client(ap
     ):
         sdk.files.create(file=("data.jsonl", ROW * 100_000), purpose="fine-tune")
     assert (large.value.status_code, large.value.code) == (413, "file_too_large")
+
+
+@pytest.mark.parametrize(("row", "status"), [(ROW.strip(), "processed"), (b"[]", "error")])
+def test_a_large_array_is_judged_by_a_worker(client, services, row, status):
+    small = upload(client, b"[" + ROW.strip() + b"]", filename="small.json").json()
+    assert (small["status"], small["rows"]) == ("processed", 1)
+    large = b"[" + (row + b",") * (PIECE_BYTES // (len(row) + 1)) + row + b"]"
+    body = upload(client, gzip.compress(large), filename="large.json.gz").json()
+    assert (body["status"], body["rows"]) == ("uploaded", 0)
+    path = f"/v1/files/{body['id']}"
+    assert client.get(path).json()["status"] == "uploaded"
+    claim = services.store.claim_chore("w")
+    ChoreRunner(services.settings, services.store, claim, threading.Event()).run()
+    settled = client.get(path).json()
+    assert settled["status"] == status
+    assert settled["validation"]["error_count"] == (
+        0 if status == "processed" else large.count(row)
+    )

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def parsed(row: dict[str, Any]) -> Text | Conversation:
     return parse_row(row, detect_format(row))
 
 
-def judged(filename: str, data: bytes, size: int = 2**16) -> FileReport:
-    check = FileCheck(filename)
+def judged(filename: str, data: bytes, size: int = 2**16, **settings: Any) -> FileReport:
+    check = FileCheck(filename, **settings)
     for i in range(0, len(data), size):
         check.feed(data[i : i + size])
     return check.finish()
@@ -315,3 +316,37 @@ def test_no_bytes_crash_the_check_or_the_reader(
         assert not report.ok or "parquet" in filename
         return
     assert report.ok or not found, "what the check refuses is not trained on"
+
+
+@pytest.mark.parametrize(
+    ("filename", "data"),
+    [
+        ("d.json", b"[" + b"[]," * 2**20 + b"[]]"),
+        ("d.json", b'{"prompt": "a", "completion": "b"}\n' * 2**16),
+        ("d.json.gz", gzip.compress(b"[" + b"[]," * 2**20 + b"[]]")),
+        ("d.jsonl", b'{"a": [' + b"[]," * 2**20 + b"[]]}\n"),
+    ],
+)
+def test_json_in_large_pieces_is_left_unread_in_little_memory(filename: str, data: bytes) -> None:
+    tracemalloc.start()
+    report = judged(filename, data, piece_bytes=2**20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (report.ok, report.unread, report.rows, len(report.warnings)) == (True, True, 0, 1)
+    assert peak < 16 * 2**20
+
+
+def test_a_small_array_and_bad_lines_beside_a_large_one_are_judged_at_once() -> None:
+    small = judged("d.json", FILES["d.json"], piece_bytes=2**20)
+    assert (small.rows, small.unread) == (5, False)
+    mixed = judged("d.jsonl", b"{broken\n" + b" " * 200 + b"{}\n", piece_bytes=100)
+    assert (mixed.problem_count, mixed.problems[0].line, mixed.unread) == (1, 1, True)
+    # What no worker would take either is refused here.
+    assert judged("d.json", b"PK\x03\x04" + b"x" * 600, piece_bytes=100).problem_count == 1
+
+
+def test_what_is_said_of_a_file_is_bounded_however_many_and_large_its_bad_rows_are() -> None:
+    row = json.dumps({"conversations": [{"from": "x" * 10_000, "value": "a"}]}).encode()
+    report = judged("d.jsonl", (row + b"\n") * 500)
+    assert (report.problem_count, len(report.problems)) == (500, 100)
+    assert all(len(p.message) < 500 and len(p.excerpt) <= 120 for p in report.problems)

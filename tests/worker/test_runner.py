@@ -16,6 +16,7 @@ from jobs.spec import Claim, NewFile, NewJob
 from jobs.states import Stage
 from jobs.store import Store
 from sat_core.plan.request import RunRequest
+from worker.kinds import KINDS
 from worker.runner import Runner
 from worker.sweeper import Sweeper
 from worker.tail import Tail
@@ -165,6 +166,31 @@ def test_a_lease_is_judged_by_watching_it_stand_still(store: Store, quick: Setti
         assert time.monotonic() < until
         time.sleep(0.1)
     assert store.get_job("default", claim.job_id).failures == 1
+
+
+def test_a_child_that_prepares_is_bounded_as_that_of_an_estimate(
+    store: Store, quick: Settings
+) -> None:
+    store.add_file(
+        "default", NewFile(id="file-1", filename="d", purpose="fine-tune", bytes=1, sha256="")
+    )
+    job = store.create_job("default", NewJob(request=RUN, model="a/b", training_file="file-1"))
+    claim = store.claim("w", Stage.PREPARE)
+    assert claim is not None
+    # The bounds arrive from outside, as the process starts.
+    told = """if True:
+        import json, pathlib, resource, sys, time
+        while (most := resource.getrlimit(resource.RLIMIT_DATA)[0]) == resource.RLIM_INFINITY:
+            time.sleep(0.01)
+        failed = {"seq": 1, "time": 1.0, "kind": "failed", "code": "x", "message": str(most), "param": None}
+        pathlib.Path(sys.argv[2], "events.jsonl").write_text(json.dumps(failed) + "\\n")
+        sys.exit(20)
+    """
+    program = (sys.executable, "-c", told)
+    Runner(quick, store, claim, "", threading.Event(), program=program).run()
+    error = store.get_job("default", job.id).error
+    assert error is not None
+    assert error["message"] == str(KINDS["estimate"].bounds.memory_bytes)
 
 
 def test_an_unfinished_line_is_not_read(tmp_path: Path) -> None:
