@@ -159,9 +159,14 @@ async def add_part(upload_id: str, request: Request, app: App, key: Caller) -> P
         fields=(),
         opener=lambda _name, _fields: Draft(folder, MAX_PART_BYTES, refuse, None),
     )
-    with receiving(form):
-        draft = await receive(request, form, refuse, MAX_PART_BYTES)
-        part = await run_in_threadpool(_keep_part, app, key.project, upload_id, draft)
+    try:
+        with receiving(form):
+            draft = await receive(request, form, refuse, MAX_PART_BYTES)
+            part = await run_in_threadpool(_keep_part, app, key.project, upload_id, draft)
+    except FileNotFoundError:
+        # The folder goes as soon as the upload has ended.
+        refuse_closed(await run_in_threadpool(app.store.get_upload, key.project, upload_id))
+        raise
     return PartObject.of(part)
 
 

@@ -6,10 +6,13 @@ import hashlib
 import threading
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import openai
 import pytest
 
+from api.multipart import FEED_BYTES
 from jobs import uploads
+from tests.service import eventually
 from worker.janitor import Janitor
 
 from .conftest import KEY, ROW
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from fastapi.testclient import TestClient
 
     from api.deps import Services
+    from jobs.settings import Settings
 
 CONTENT = ROW * 10
 
@@ -37,7 +41,7 @@ def sdk(app: FastAPI) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def begin(client: TestClient, **changes: Any) -> Any:
+def begin(client: TestClient | httpx.Client, **changes: Any) -> Any:
     body = {
         "bytes": len(CONTENT),
         "filename": "data.jsonl",
@@ -47,7 +51,7 @@ def begin(client: TestClient, **changes: Any) -> Any:
     return client.post("/v1/uploads", json=body | changes)
 
 
-def part(client: TestClient, upload: str, content: bytes) -> Any:
+def part(client: TestClient | httpx.Client, upload: str, content: bytes) -> Any:
     return client.post(f"/v1/uploads/{upload}/parts", files={"data": ("blob", content)})
 
 
@@ -183,6 +187,32 @@ def test_a_cancelled_upload_takes_nothing_more(client: TestClient, services: Ser
     for late in (part(client, upload, b"x"), complete(client, upload, sent)):
         assert (late.status_code, late.json()["error"]["code"]) == (409, "upload_closed")
         assert late.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("end", ["cancel", "complete"])
+def test_a_part_that_is_on_its_way_while_the_upload_ends_is_refused(
+    app: FastAPI, settings: Settings, end: str
+) -> None:
+    whole = b" " * (FEED_BYTES - len(ROW)) + ROW
+    auth = {"authorization": f"Bearer {KEY}"}
+    with served(app) as address, httpx.Client(base_url=address, headers=auth) as client:
+        upload = begin(client, bytes=len(whole)).json()["id"]
+        sent = part(client, upload, whole).json()["id"]
+        folder = settings.data_dir / "uploads" / upload
+
+        def body() -> Iterator[bytes]:
+            yield b'--b\r\nContent-Disposition: form-data; name="data"; filename="blob"\r\n\r\n'
+            yield whole
+            eventually(lambda: len(list(folder.iterdir())) == 2, seconds=10)
+            asked = {"part_ids": [sent]} if end == "complete" else None
+            ended = httpx.post(f"{address}/v1/uploads/{upload}/{end}", json=asked, headers=auth)
+            assert ended.status_code == 200
+            yield b"\r\n--b--\r\n"
+
+        form = {"content-type": "multipart/form-data; boundary=b"}
+        late = client.post(f"/v1/uploads/{upload}/parts", content=body(), headers=form)
+        assert (late.status_code, late.json()["error"]["code"]) == (409, "upload_closed")
+        assert not folder.exists()
 
 
 def test_an_upload_ends_after_an_hour(
