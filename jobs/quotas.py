@@ -10,9 +10,9 @@ from sqlalchemy import ColumnElement, Select, Subquery, case, func, select
 from sqlalchemy.orm import Session
 
 from jobs.errors import QuotaExceeded
-from jobs.models import CheckpointRow, FileRow, JobRow
+from jobs.models import CheckpointRow, FileRow, JobRow, UploadRow
 from jobs.spec import Usage
-from jobs.states import Stage, Status
+from jobs.states import Stage, Status, UploadStatus
 from jobs.tenant_models import ProjectRow
 
 _QUEUED = (Status.VALIDATING_FILES, Status.QUEUED, Status.PAUSED)
@@ -102,4 +102,8 @@ def _stored(session: Session, project: str) -> int:
         .join(JobRow, JobRow.id == CheckpointRow.job_id)
         .where(JobRow.project == project)
     )
-    return int(session.scalar(files) or 0) + int(session.scalar(checkpoints) or 0)
+    # What is announced is taken; its parts lie on the disk already.
+    uploads = select(func.sum(UploadRow.bytes)).where(
+        UploadRow.project == project, UploadRow.status == UploadStatus.PENDING
+    )
+    return sum(int(session.scalar(query) or 0) for query in (files, checkpoints, uploads))

@@ -1,8 +1,9 @@
 """Files that come in parts: begun, filled, and completed into a file, cancelled, or swept after an hour.
 
 The parts lie in the data folder under their ids and are joined once, by whoever completes; an upload becomes a file in the
-transaction that makes the file's row, so completing twice gives one file. A client may send a part again that it does
-not know to have arrived: parts that are not named at the end are dropped, and their number is bounded.
+transaction that makes the file's row, so completing twice gives one file. What is announced counts as stored from then
+on, so that no upload is refused for its size at the end. A client may send a part again that it does not know to have
+arrived: parts that are not named at the end are dropped, and what they may have together is bounded.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from jobs.transactions import Transactions
 UPLOAD_SECONDS = 3600
 MAX_PENDING = 100
 MAX_PARTS = 10_000
-# Parts that were sent twice count too; past twice the file nobody is merely retrying.
-SPARE_BYTES = 64 * 2**20
+# How often all parts may come: OpenAI's clients send what was not answered twice more.
+SENDINGS = 3
 
 
 class Uploads(Transactions):
@@ -38,17 +39,16 @@ class Uploads(Transactions):
         """Begin. Raises QuotaExceeded, InProgress."""
         now = time.time()
         with self.writing() as session:
-            count, pending = session.execute(
-                select(func.count(), func.coalesce(func.sum(UploadRow.bytes), 0)).where(
-                    UploadRow.project == project, UploadRow.status == UploadStatus.PENDING
-                )
-            ).one()
+            pending = select(func.count()).where(
+                UploadRow.project == project, UploadRow.status == UploadStatus.PENDING
+            )
+            count = session.scalar(pending) or 0
             if count >= MAX_PENDING:
                 message = (
                     f"{count} uploads of this project are not complete; allowed are {MAX_PENDING}"
                 )
                 raise QuotaExceeded.of("storage_bytes", message)
-            take_storage(session, project, int(pending) + new.bytes)
+            take_storage(session, project, new.bytes)
             row = UploadRow(
                 id=new_id("upload_"),
                 project=project,
@@ -77,7 +77,7 @@ class Uploads(Transactions):
         Raises:
             NotFound: no such upload.
             UploadClosed: it takes no more parts.
-            PartsMismatch: its parts are together far larger than the file.
+            PartsMismatch: its parts are together far larger than the file, or too many.
         """
         with self.writing() as session:
             upload = _open(session, project, upload_id)
@@ -86,7 +86,7 @@ class Uploads(Transactions):
                     UploadPartRow.upload_id == upload_id
                 )
             ).one()
-            most = 2 * upload.bytes + SPARE_BYTES
+            most = SENDINGS * upload.bytes
             if count >= MAX_PARTS or int(stored) + size > most:
                 raise PartsMismatch(
                     f"{upload_id} has {count} parts of {stored} bytes; for a file of {upload.bytes} bytes allowed are "
@@ -132,8 +132,11 @@ class Uploads(Transactions):
         """The upload is this file now. Raises NotFound, UploadClosed, QuotaExceeded."""
         with self.writing() as session:
             upload = _open(session, project, upload_id)
+            # First, since a file takes the place in the quota that the upload has held.
+            upload.status = UploadStatus.COMPLETED
+            session.flush()
             insert_file(session, project, file)
-            upload.status, upload.file_id = UploadStatus.COMPLETED, file.id
+            upload.file_id = file.id
             session.flush()
             place()
             return _record(session, upload)

@@ -142,26 +142,29 @@ async def create_upload(request: Request, app: App, key: Caller, creating: once.
     ),
 )
 async def add_part(upload_id: str, request: Request, app: App, key: Caller) -> PartObject:
-    """One part, at most 64 MiB; the order is told at the end."""
+    """One part, at most 64 MiB and no more than the file; the order is told at the end."""
     upload = await run_in_threadpool(app.store.get_upload, key.project, upload_id)
     refuse_closed(upload)
     folder = app.artifacts.upload(upload_id)
     folder.mkdir(parents=True, exist_ok=True)
+    most = min(MAX_PART_BYTES, upload.bytes)
 
     def refuse() -> ApiError:
         return ApiError(
-            "file_too_large", f"A part may have {MAX_PART_BYTES} bytes; send more parts.", "data"
+            "file_too_large",
+            f"A part may have {MAX_PART_BYTES} bytes, and no more than the {upload.bytes} announced for the file.",
+            "data",
         )
 
     form = Form(
         request.headers.get("content-type", ""),
         stored="data",
         fields=(),
-        opener=lambda _name, _fields: Draft(folder, MAX_PART_BYTES, refuse, None),
+        opener=lambda _name, _fields: Draft(folder, most, refuse, None),
     )
     try:
         with receiving(form):
-            draft = await receive(request, form, refuse, MAX_PART_BYTES)
+            draft = await receive(request, form, refuse, most)
             part = await run_in_threadpool(_keep_part, app, key.project, upload_id, draft)
     except FileNotFoundError:
         # The folder goes as soon as the upload has ended.

@@ -171,11 +171,28 @@ def test_a_part_above_64_mib_is_413_and_leaves_nothing(
     assert list(services.artifacts.upload(upload).iterdir()) == []
 
 
-def test_parts_without_end_are_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "SPARE_BYTES", 0)
+def test_parts_without_end_are_refused(client: TestClient) -> None:
     upload = begin(client).json()["id"]
-    codes = [part(client, upload, CONTENT).status_code for _ in range(3)]
-    assert codes == [200, 200, 400]
+    codes = [part(client, upload, CONTENT).status_code for _ in range(4)]
+    assert codes == [200, 200, 200, 400]
+
+
+def test_uploads_store_no_more_than_the_project_may(client: TestClient, services: Services) -> None:
+    services.store.set_limits("default", {"storage_bytes": len(CONTENT)})
+    upload = begin(client, bytes=1).json()["id"]
+    large = part(client, upload, b"x" * 2**20)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "file_too_large")
+    assert list(services.artifacts.upload(upload).iterdir()) == []
+    full = begin(client)
+    assert (full.status_code, full.json()["error"]["code"]) == (429, "storage_quota_exceeded")
+    client.post(f"/v1/uploads/{upload}/cancel")
+    upload = begin(client).json()["id"]
+    beside = client.post(
+        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", ROW)}
+    )
+    assert beside.json()["error"]["code"] == "storage_quota_exceeded"
+    assert complete(client, upload, part(client, upload, CONTENT).json()["id"]).status_code == 200
+    assert services.store.limits("default")[1].storage_bytes == len(CONTENT)
 
 
 def test_a_cancelled_upload_takes_nothing_more(client: TestClient, services: Services) -> None:
