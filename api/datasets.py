@@ -22,6 +22,9 @@ from sat_core.plan.request import RunRequest
 ASK_SECONDS = 0.25
 PREVIEW, VALIDATION = "preview", "validation"
 ENDED = ("succeeded", "failed")
+# Ends that need not be the file's doing: a worker that went, a busy machine, a full disk. Ten of them in a row are.
+UNTOLD = ("worker_lost", "time_limit_exceeded", "internal_error")
+MOST_TRIES = 10
 
 
 def reading(run: RunRequest) -> dict[str, Any]:
@@ -101,8 +104,12 @@ def settled(app: Services, record: FileRecord) -> FileRecord:
     """A file that could not be judged while it arrived, with the verdict where a worker has one by now."""
     if record.status != "uploaded":
         return record
-    chore = _asked(app, record.project, VALIDATION, record.id, validation_params(app, None))
-    if chore.status not in ENDED:
+    params = validation_params(app, None)
+    # To ask for one that failed long ago would try it again, though it may be the verdict.
+    chore = app.store.find_chore(record.project, VALIDATION, record.id, params)
+    if chore is None or _untold(chore):
+        chore = _asked(app, record.project, VALIDATION, record.id, params)
+    if chore.status not in ENDED or _untold(chore):
         return record
     if chore.result is None:
         error = chore.error or {}
@@ -111,6 +118,7 @@ def settled(app: Services, record: FileRecord) -> FileRecord:
             record.project, record.id, status="error", rows=record.rows, report=report
         )
     report = {**record.report, **plain_report(chore.result)}
+    report["summary"] = f"{record.filename}: {report['rows']} rows of format {report['format']}."
     if report["errors"]:
         first = report["errors"][0]
         count = report["error_count"]
@@ -124,6 +132,10 @@ def settled(app: Services, record: FileRecord) -> FileRecord:
         rows=chore.result["rows"],
         report=report,
     )
+
+
+def _untold(chore: ChoreRecord) -> bool:
+    return (chore.error or {}).get("code") in UNTOLD and chore.attempt < MOST_TRIES
 
 
 def plain_report(result: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import threading
 import time
@@ -10,10 +11,13 @@ import openai
 import pytest
 from sqlalchemy import Connection, Engine, event
 
+from api.datasets import MOST_TRIES
 from api.drafts import PIECE_BYTES
+from jobs import chores
 from jobs.errors import StoreUnavailable
 from worker.chores import ChoreRunner
 from worker.janitor import Janitor
+from worker.kinds import KINDS
 
 from .conftest import KEY, ROW, create, upload
 from .serving import served
@@ -21,6 +25,13 @@ from .serving import served
 
 def left_behind(services) -> list[str]:
     return sorted(path.name for path in services.artifacts.files.iterdir())
+
+
+def work(services, **changes) -> None:
+    """What a worker does with the chore that waits."""
+    kinds = {"validation": dataclasses.replace(KINDS["validation"], **changes)}
+    claim = services.store.claim_chore("w")
+    ChoreRunner(services.settings, services.store, claim, threading.Event(), kinds=kinds).run()
 
 
 def test_a_good_file_is_stored_whole_with_its_verdict(client, services):
@@ -271,10 +282,51 @@ def test_a_large_array_is_judged_by_a_worker(client, services, row, status):
     assert (body["status"], body["rows"]) == ("uploaded", 0)
     path = f"/v1/files/{body['id']}"
     assert client.get(path).json()["status"] == "uploaded"
-    claim = services.store.claim_chore("w")
-    ChoreRunner(services.settings, services.store, claim, threading.Event()).run()
+    work(services)
     settled = client.get(path).json()
+    assert (row == b"[]") == ("unusable" in settled["validation"]["summary"])
     assert settled["status"] == status
     assert settled["validation"]["error_count"] == (
         0 if status == "processed" else large.count(row)
     )
+
+
+@pytest.fixture
+def unread(client):
+    """A good file that a worker is to judge."""
+    large = b"[" + (ROW.strip() + b",") * (PIECE_BYTES // len(ROW)) + ROW.strip() + b"]"
+    body = upload(client, gzip.compress(large), filename="large.json.gz").json()
+    return f"/v1/files/{body['id']}"
+
+
+def test_what_befell_its_worker_is_no_verdict_on_a_file(client, services, unread, monkeypatch):
+    client.get(unread)
+    services.store.claim_chore("w")
+    (lease,) = services.store.chore_leases()
+    assert services.store.expire_chore(lease, max_failures=1)
+    assert client.get(unread).json()["status"] == "uploaded"
+    monkeypatch.setattr(chores, "RETRY_FAILED_SECONDS", -1)
+    assert client.get(unread).json()["status"] == "uploaded"
+    work(services, seconds=0)
+    assert client.get(unread).json()["status"] == "uploaded"
+    work(services)
+    assert client.get(unread).json()["status"] == "processed"
+
+
+def test_a_file_that_no_try_gets_through_is_an_error(client, services, unread, monkeypatch):
+    monkeypatch.setattr(chores, "RETRY_FAILED_SECONDS", -1)
+    client.get(unread)
+    for _ in range(MOST_TRIES):
+        assert client.get(unread).json()["status"] == "uploaded"
+        work(services, seconds=0)
+    settled = client.get(unread).json()
+    assert (settled["status"], "limit" in settled["status_details"]) == ("error", True)
+
+
+def test_a_verdict_of_long_ago_still_stands(client, services, unread, monkeypatch):
+    monkeypatch.setattr(chores, "RETRY_FAILED_SECONDS", -1)
+    client.get(unread)
+    claim = services.store.claim_chore("w")
+    error = {"code": "out_of_memory", "message": "MemoryError", "param": None}
+    services.store.fail_chore(claim, error)
+    assert client.get(unread).json()["status"] == "error"
