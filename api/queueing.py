@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jobs.settings import Settings
 from jobs.spec import JobRecord, WorkerRecord
@@ -38,11 +39,12 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The queue at one moment; `slots` and `integrations` are those of living workers."""
+    """The queue at one moment; `slots`, `hardware` and `integrations` are those of living workers."""
 
     lines: dict[Stage, Line]
     slots: dict[Stage, int]
     workers: int
+    hardware: tuple[dict[str, Any] | None, ...]
     integrations: frozenset[str]
     taken_at: float
 
@@ -65,6 +67,7 @@ class Queueing:
                     lines=self._store.lines(),
                     slots={s: sum(w.slots.get(s.value, 0) for w in alive) for s in Stage},
                     workers=len(alive),
+                    hardware=tuple(w.hardware for w in alive),
                     integrations=frozenset(t for w in alive for t in w.integrations or ()),
                     taken_at=time.monotonic(),
                 )
@@ -140,6 +143,8 @@ def _why(
         return "no_worker", "no worker is alive"
     if not slots:
         return "no_slot", f"no living worker has a slot to {stage}"
+    if stage is Stage.TRAIN and not any(waiter.fits(h) for h in seen.hardware):
+        return "no_fitting_worker", f"no living worker has {_needed(waiter)}"
     if waiter.over_limit:
         return "project_limit", "the project already runs as many jobs as it may"
     if waiter.not_before > time.time():
@@ -151,6 +156,15 @@ def _why(
     if index >= slots - busy:
         return "jobs_before", f"{slots - busy} of {slots} slots are free, and other jobs come first"
     return "starting", f"{slots - busy} of {slots} slots are free, a worker is about to take it"
+
+
+def _needed(waiter: Waiter) -> str:
+    device = {None: "a machine", "cpu": "a machine without GPU", "gpu": "a GPU"}[
+        waiter.needs_device
+    ]
+    if waiter.needs_memory is None:
+        return device
+    return f"{device} with {waiter.needs_memory / 2**30:g} GiB of memory"
 
 
 def _starts(

@@ -98,6 +98,11 @@ class JobRow(Base):
     tags: Mapped[dict[str, Any]] = mapped_column("metadata", Document)
     request: Mapped[dict[str, Any]]
 
+    # What the queue goes by, from `request`: the higher the sooner, and what a worker must have to train it.
+    priority: Mapped[int] = mapped_column(default=0)
+    needs_device: Mapped[str | None] = mapped_column(String(8))
+    needs_memory: Mapped[int | None]
+
     status: Mapped[str] = mapped_column(String(20))
     desired: Mapped[str] = mapped_column(String(8), default=Desired.RUN)
     detail_state: Mapped[str] = mapped_column(String(64))
@@ -311,6 +316,8 @@ class WorkerRow(Base):
     hostname: Mapped[str] = mapped_column(String(255))
     pid: Mapped[int]
     slots: Mapped[dict[str, Any]]
+    # What it trains on: `device`, `name`, `memory_bytes` of one of its kind.
+    hardware: Mapped[dict[str, Any] | None] = mapped_column(Document)
     # Types of integrations whose library it has.
     integrations: Mapped[list[Any] | None]
     started_at: Mapped[float]

@@ -6,6 +6,9 @@ a row, or a limit of None, is not limited. Requests per minute are counted at th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sqlalchemy import ColumnElement, Select, Subquery, case, func, select
 from sqlalchemy.orm import Session
 
@@ -69,19 +72,26 @@ def holdings() -> Subquery:
     )
 
 
-def in_turn(waiting: Select[JobRow], stage: Stage) -> Select[JobRow]:
-    """The waiting jobs that may start, in fair order: whose project holds least comes first, then the oldest.
+def in_turn(
+    waiting: Select[JobRow], stage: Stage, hardware: Mapping[str, Any] | None = None
+) -> Select[JobRow]:
+    """The waiting jobs that may start, in order: by priority, then whose project holds least, then the oldest.
 
-    So one project's hundred jobs delay nobody's one.
+    So among equals one project's hundred jobs delay nobody's one. With `hardware` those that can train on it only.
     """
     holding = holdings()
     query = waiting.outerjoin(holding, holding.c.project == JobRow.project)
     if stage is Stage.TRAIN:
+        if hardware is not None:
+            query = query.where(
+                JobRow.needs_device.is_(None) | (JobRow.needs_device == hardware["device"]),
+                JobRow.needs_memory.is_(None) | (JobRow.needs_memory <= hardware["memory_bytes"]),
+            )
         query = query.outerjoin(ProjectRow, ProjectRow.id == JobRow.project).where(
             ProjectRow.running_jobs.is_(None)
             | (func.coalesce(holding.c.running, 0) < ProjectRow.running_jobs)
         )
-    return query.order_by(func.coalesce(holding.c.held, 0), JobRow.seq)
+    return query.order_by(JobRow.priority.desc(), func.coalesce(holding.c.held, 0), JobRow.seq)
 
 
 def _locked_limit(session: Session, project: str, name: str) -> int | None:

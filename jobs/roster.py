@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import select, update
 
@@ -23,9 +24,10 @@ class Roster(Transactions):
         hostname: str,
         pid: int,
         slots: dict[str, int],
+        hardware: Mapping[str, Any] | None = None,
         integrations: Sequence[str] = (),
     ) -> None:
-        """Tell of a worker that starts, and of the trackers that it can send to."""
+        """Tell of a worker that starts, what it trains on, and the trackers that it can send to."""
         now = time.time()
         with self.writing() as session:
             session.add(
@@ -34,6 +36,7 @@ class Roster(Transactions):
                     hostname=hostname,
                     pid=pid,
                     slots=slots,
+                    hardware=None if hardware is None else dict(hardware),
                     integrations=list(integrations),
                     started_at=now,
                     beat_at=now,

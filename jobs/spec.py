@@ -303,6 +303,7 @@ class WorkerRecord:
     hostname: str
     pid: int
     slots: dict[str, Any]
+    hardware: dict[str, Any] | None
     integrations: list[str] | None
     started_at: float
     beat_at: float
@@ -311,13 +312,17 @@ class WorkerRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The right to work on a job, good until a newer attempt exists. `checkpoints` are newest first."""
+    """The right to work on a job, good until a newer attempt exists.
+
+    `checkpoints` are newest first; `seconds` were spent on earlier attempts at the same stage.
+    """
 
     job: JobRecord
     attempt: int
     stage: Stage
     worker_id: str
     checkpoints: tuple[CheckpointRecord, ...] = ()
+    seconds: float = 0.0
 
     @property
     def job_id(self) -> str:

@@ -9,7 +9,7 @@ row: clocks of two machines, or one clock that is set, would take back living jo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
@@ -39,6 +39,8 @@ from jobs.uploads import Uploads
 from jobs.waiting import Waiting
 from jobs.webhooks import Webhooks
 from jobs.wishes import Wishes
+
+_PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 
 
 class Store(
@@ -83,6 +85,7 @@ class Store(
                 validation_file=new.validation_file,
                 tags=new.metadata,
                 request=new.request,
+                **_needs(new.request["sat"]),
                 integrations=list(new.integrations),
                 status=Status.VALIDATING_FILES,
                 detail_state="waiting_for_worker",
@@ -101,11 +104,13 @@ class Store(
             keep(session, receipt, record)
             return record
 
-    def claim(self, worker_id: str, stage: Stage) -> Claim | None:
-        """Take the waiting job whose project holds least, the oldest of those; None where there is none."""
+    def claim(
+        self, worker_id: str, stage: Stage, hardware: Mapping[str, Any] | None = None
+    ) -> Claim | None:
+        """Take the job whose turn it is (`quotas.in_turn`) and that can train on `hardware`; None where there is none."""
         now = time.time()
         with self.writing() as session:
-            query = in_turn(select(JobRow).where(*_claimable(stage)), stage).limit(1)
+            query = in_turn(select(JobRow).where(*_claimable(stage)), stage, hardware).limit(1)
             row = session.scalar(query.with_for_update(of=JobRow, skip_locked=True))
             # The limit was read before the row was locked: two workers may have read the same.
             if row is None or not may_start(session, row.project, stage):
@@ -135,12 +140,16 @@ class Store(
                 .order_by(CheckpointRow.step.desc())
             )
             checkpoints = tuple(record_of(CheckpointRecord, c) for c in found)
+            spent = select(func.sum(AttemptRow.ended_at - AttemptRow.started_at)).where(
+                AttemptRow.job_id == row.id, AttemptRow.stage == stage
+            )
             return Claim(
                 job=job_record(row),
                 attempt=row.attempt,
                 stage=stage,
                 worker_id=worker_id,
                 checkpoints=checkpoints,
+                seconds=session.scalar(spent) or 0.0,
             )
 
     def heartbeat(self, claim: Claim) -> Desired:
@@ -310,10 +319,10 @@ class Store(
             query = select(func.count()).select_from(JobRow).where(*_claimable(stage))
             return session.scalar(query) or 0
 
-    def slot_wanted(self, stage: Stage) -> bool:
-        """Whether a job waits for nothing but a slot; one beyond the limit of its project does not."""
+    def slot_wanted(self, stage: Stage, hardware: Mapping[str, Any] | None = None) -> bool:
+        """Whether a job waits for nothing but a slot on `hardware`; one beyond the limit of its project does not."""
         with self.reading() as session:
-            query = in_turn(select(JobRow).where(*_claimable(stage)), stage).limit(1)
+            query = in_turn(select(JobRow).where(*_claimable(stage)), stage, hardware).limit(1)
             return session.scalar(query) is not None
 
     def _fenced(self, session: Session, claim: Claim) -> JobRow:
@@ -335,6 +344,16 @@ class Store(
     def _end_attempt(self, session: Session, claim: Claim, outcome: str) -> None:
         attempt = session.get_one(AttemptRow, (claim.job_id, claim.attempt))
         attempt.ended_at, attempt.outcome = time.time(), outcome
+
+
+def _needs(sat: Mapping[str, Any]) -> dict[str, Any]:
+    """What the queue goes by, out of a request's settings."""
+    device, gib = sat["resources"]["device"], sat["resources"]["min_memory_gib"]
+    return {
+        "priority": _PRIORITIES[sat["priority"]],
+        "needs_device": None if device == "any" else device,
+        "needs_memory": None if gib is None else int(gib * 2**30),
+    }
 
 
 def _claimable(stage: Stage) -> tuple[ColumnElement[bool], ...]:

@@ -1,13 +1,15 @@
 """The queue as it stands: who waits in which order, what runs, how long such things took before.
 
 The order is the one in which `Store.claim` would take the jobs if none ended meanwhile: whose project holds least comes
-first, and every job taken makes its project hold one more.
+first among jobs of one priority, and every job taken makes its project hold one more.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -30,7 +32,16 @@ class Waiter:
     job_id: str
     project: str
     not_before: float
+    needs_device: str | None
+    needs_memory: int | None
     over_limit: bool
+
+    def fits(self, hardware: Mapping[str, Any] | None) -> bool:
+        """Whether it can train on this; of a worker that does not tell, it is not known and so not denied."""
+        return hardware is None or (
+            self.needs_device in (None, hardware["device"])
+            and (self.needs_memory or 0) <= hardware["memory_bytes"]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +73,16 @@ class Waiting(Transactions):
 
 def _waiting(session: Session, stage: Stage) -> tuple[Waiter, ...]:
     holding = holdings()
-    in_project = func.row_number().over(partition_by=JobRow.project, order_by=JobRow.seq)
+    in_project = func.row_number().over(
+        partition_by=JobRow.project, order_by=(JobRow.priority.desc(), JobRow.seq)
+    )
     query = (
         select(
             JobRow.id,
             JobRow.project,
             JobRow.not_before,
+            JobRow.needs_device,
+            JobRow.needs_memory,
             in_project,
             func.coalesce(holding.c.running, 0),
             ProjectRow.running_jobs,
@@ -79,16 +94,20 @@ def _waiting(session: Session, stage: Stage) -> tuple[Waiter, ...]:
             JobRow.owner.is_(None),
             JobRow.desired == Desired.RUN,
         )
-        .order_by(func.coalesce(holding.c.held, 0) + in_project, JobRow.seq)
+        .order_by(JobRow.priority.desc(), func.coalesce(holding.c.held, 0) + in_project, JobRow.seq)
     )
     return tuple(
         Waiter(
             job_id=job_id,
             project=project,
             not_before=not_before,
+            needs_device=device,
+            needs_memory=memory,
             over_limit=stage is Stage.TRAIN and limit is not None and running + number > limit,
         )
-        for job_id, project, not_before, number, running, limit in session.execute(query)
+        for job_id, project, not_before, device, memory, number, running, limit in session.execute(
+            query
+        )
     )
 
 

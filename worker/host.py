@@ -28,7 +28,7 @@ from worker.herald import Herald
 from worker.janitor import Janitor
 from worker.postman import Postman
 from worker.runner import Runner
-from worker.slots import Slot, Slots, count_gpus
+from worker.slots import Slot, Slots, count_gpus, hardware
 from worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Host:
         self.settings, self.store, self.bell, self.program = settings, store, bell, program
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.slots = Slots(cpu_slots=settings.cpu_slots, gpus=count_gpus())
+        self.hardware = hardware()
         self.stopping = threading.Event()
         self._sweeper = Sweeper(settings, store, bell)
         self._janitor = Janitor(settings, store)
@@ -104,7 +105,7 @@ class Host:
         return None
 
     def _claim_job(self, slot: Slot) -> Runner | None:
-        claim = self.store.claim(self.id, slot.stage)
+        claim = self.store.claim(self.id, slot.stage, self.hardware)
         if claim is None:
             return None
         return Runner(
@@ -131,7 +132,7 @@ class Host:
         if not chats or any(c.leaving.is_set() for c in chats) or self.slots.free(Stage.TRAIN):
             return
         longest = max(chats, key=lambda chat: chat.idle_seconds)
-        if self.store.slot_wanted(Stage.TRAIN) or (
+        if self.store.slot_wanted(Stage.TRAIN, self.hardware) or (
             longest.idle_seconds and self.store.chores_waiting(CHAT)
         ):
             longest.leaving.set()
@@ -173,6 +174,7 @@ class Host:
             hostname=socket.gethostname(),
             pid=os.getpid(),
             slots=self.slots.total,
+            hardware=self.hardware,
             integrations=self._herald.types,
         )
 

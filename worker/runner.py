@@ -59,6 +59,8 @@ class Runner:
         self.folder = self.artifacts.run(self.claim.job_id, self.claim.attempt)
         self.tail = Tail(self.folder / "events.jsonl")
         self._asked_at: float | None = None
+        # Set once the run has had all the time that it may take.
+        self._over_time = False
         self._spoke_at = self._beat_at = time.monotonic()
 
     def run(self) -> None:
@@ -106,9 +108,12 @@ class Runner:
 
     def _attend(self, child: Child) -> None:
         """Until the child has ended: tell, renew, obey."""
+        most = self._max_seconds
+        over_at = None if most is None else time.monotonic() + most - self.claim.seconds
         while not child.ended(POLL_SECONDS):
             desired = self._tell()
-            asked = self._asked_at is not None
+            self._over_time = over_at is not None and time.monotonic() > over_at
+            asked = self._asked_at is not None or self._over_time
             if asked or desired is not Desired.RUN or self.stopping.is_set():
                 self._stop(child)
             if time.monotonic() - self._spoke_at > self.settings.stall_seconds:
@@ -176,6 +181,8 @@ class Runner:
             self._publish(self.result)
         elif code == FAILED and self.failure:
             self.store.fail(self.claim, self.failure)
+        elif self._over_time:
+            self.store.fail(self.claim, self._time_is_up())
         elif code == STOPPED or self._asked_at is not None:
             self.store.release(
                 self.claim, "Stopped with a checkpoint written; waiting for a worker"
@@ -194,6 +201,24 @@ class Runner:
                 max_failures=self.settings.max_failures,
                 retry_seconds=self.settings.retry_seconds,
             )
+
+    @property
+    def _max_seconds(self) -> int | None:
+        # A job accepted before there were limits has none.
+        limits = self.claim.job.request["sat"].get("limits") or {}
+        most: int | None = limits.get("max_seconds")
+        return most if self.claim.stage is Stage.TRAIN else None
+
+    def _time_is_up(self) -> dict[str, Any]:
+        message = (
+            f"The run was ended after {self._max_seconds} s of training, as sat.limits.max_seconds says; "
+            "its last checkpoint is kept, and a new job can start from it"
+        )
+        return {
+            "code": "time_limit_exceeded",
+            "message": message,
+            "param": "sat.limits.max_seconds",
+        }
 
     def _prepared(self) -> dict[str, Any]:
         """What `prepare` left; its quote holds also what past runs say of it now."""

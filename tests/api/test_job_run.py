@@ -150,6 +150,23 @@ def test_a_waiting_job_says_why_and_when(client, services, file_id, job):
     assert other["stages"]["prepare"]["waiting"] == 3
 
 
+def test_a_job_that_no_worker_can_train_says_what_it_lacks(client, services, file_id):
+    needs = {"resources": {"device": "gpu", "min_memory_gib": 40}, "priority": "high"}
+    job = create(client, file_id, sat=needs).json()["id"]
+    hardware = {"device": "cpu", "name": "cpu", "memory_bytes": 2**34}
+    more = {"slots": {"prepare": 1, "train": 1}, "hardware": hardware}
+    services.store.register_worker(WORKER, hostname="h", pid=1, **more)
+    prepare = services.store.claim(WORKER, Stage.PREPARE, hardware)
+    services.store.finish_prepare(
+        prepare,
+        {"config": {}, "hyperparameters": {}, "figures": {}, "total_steps": 3, "warnings": []},
+    )
+    assert services.store.claim(WORKER, Stage.TRAIN, hardware) is None
+    detail = client.get(f"{JOBS}/{job}").json()["status_detail"]
+    assert detail["reason"] == "no_fitting_worker"
+    assert "no living worker has a GPU with 40 GiB of memory" in detail["message"]
+
+
 def test_a_range_of_starts_is_told_once_enough_has_run(client, services, file_id):
     slots = {"prepare": 1, "train": 1}
     services.store.register_worker(WORKER, hostname="h", pid=1, slots=slots)

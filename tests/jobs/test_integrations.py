@@ -9,6 +9,7 @@ from jobs.errors import LeaseLost, NotFound
 from jobs.spec import Claim, NewFile, NewJob
 from jobs.states import Stage
 from jobs.store import Store
+from sat_core.plan.request import RunRequest
 
 PREPARED = {"config": {}, "hyperparameters": {}, "figures": {}, "total_steps": 3, "warnings": []}
 TOLD = ({"type": "tensorboard", "tensorboard": {}}, {"type": "wandb", "wandb": {"project": "p"}})
@@ -17,7 +18,7 @@ TOLD = ({"type": "tensorboard", "tensorboard": {}}, {"type": "wandb", "wandb": {
 def training(store: Store) -> Claim:
     file = NewFile(id="file-1", filename="d", purpose="fine-tune", bytes=1, sha256="")
     store.add_file("default", file)
-    request = {"sat": {"data": {"mix": []}}}
+    request = RunRequest.from_dict({"model": "m"}).to_dict()
     new = NewJob(request=request, model="m", training_file="file-1", integrations=TOLD)
     job = store.create_job("default", new)
     assert store.claim_integration(["wandb"]) is None, "nothing is measured yet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -156,6 +157,47 @@ def test_jobs_are_claimed_oldest_first(store: Store) -> None:
     ids = [add_job(store).id for _ in range(3)]
     assert [claimed(store, Stage.PREPARE).job_id for _ in range(3)] == ids
     assert store.claim("w", Stage.PREPARE) is None
+
+
+def request(**sat: Any) -> dict[str, Any]:
+    return RunRequest.from_dict({"model": "m", "sat": sat}).to_dict()
+
+
+def test_jobs_of_higher_priority_are_claimed_before_older_ones(store: Store) -> None:
+    low, normal, high = (add_job(store, request=request(priority=p)).id for p in ("low", "normal", "high"))  # fmt: skip
+    other = add_job(store, "other", request=request(priority="high")).id
+    expected = [high, other, normal, low]
+    assert [w.job_id for w in store.lines()[Stage.PREPARE].waiting] == expected
+    assert [claimed(store, Stage.PREPARE).job_id for _ in range(4)] == expected
+
+
+def test_a_job_trains_only_where_it_has_what_it_needs(store: Store) -> None:
+    cpu = {"device": "cpu", "memory_bytes": 64 * 2**30}
+    gpu = {"device": "gpu", "memory_bytes": 24 * 2**30}
+    large = add_job(store, request=request(resources={"device": "gpu", "min_memory_gib": 40})).id
+    small = add_job(store, request=request(resources={"min_memory_gib": 24})).id
+    for _ in range(2):
+        store.finish_prepare(claimed(store, Stage.PREPARE), PREPARED)
+    assert store.slot_wanted(Stage.TRAIN, gpu)
+    claim = store.claim("w", Stage.TRAIN, gpu)
+    assert claim is not None
+    assert claim.job_id == small
+    for hardware in (gpu, cpu, {**cpu, "memory_bytes": 1}):
+        assert store.claim("w", Stage.TRAIN, hardware) is None
+        assert not store.slot_wanted(Stage.TRAIN, hardware)
+    claim = store.claim("w", Stage.TRAIN, {**gpu, "memory_bytes": 40 * 2**30})
+    assert claim is not None
+    assert claim.job_id == large
+
+
+def test_a_claim_knows_the_seconds_of_the_attempts_before_it(store: Store) -> None:
+    add_job(store)
+    claim = training(store)
+    assert claim.seconds == 0
+    time.sleep(0.2)
+    store.release(claim, "worker restarts")
+    claim = claimed(store, Stage.TRAIN)
+    assert 0.2 <= claim.seconds < 5
 
 
 def test_cancelling_a_waiting_job_is_at_once(store: Store) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,14 @@ CHILD = Path(__file__).with_name("protocol_child.py")
 PREPARED = {"config": {}, "hyperparameters": {}, "figures": {}, "total_steps": 3, "warnings": []}
 
 
-def claim_for(store: Store, settings: Settings, behaviour: str) -> Claim:
+def claim_for(
+    store: Store, settings: Settings, behaviour: str, request: dict[str, Any] = RUN
+) -> Claim:
     """A claimed training job whose child will behave so."""
     store.add_file(
         "default", NewFile(id="file-1", filename="d", purpose="fine-tune", bytes=1, sha256="")
     )
-    new = NewJob(request=RUN, model="some/model", training_file="file-1", suffix="s")
+    new = NewJob(request=request, model="some/model", training_file="file-1", suffix="s")
     store.create_job("default", new)
     prepare = store.claim("w", Stage.PREPARE)
     assert prepare is not None
@@ -140,6 +143,18 @@ def test_a_cancel_reaches_a_child_that_does_not_listen(store: Store, quick: Sett
     store.cancel_job("default", claim.job_id)
     thread.join(15)
     assert store.get_job("default", claim.job_id).status == "cancelled"
+
+
+def test_a_run_that_has_had_its_time_fails_with_its_checkpoint_kept(
+    store: Store, quick: Settings
+) -> None:
+    limited = RunRequest.from_dict({"model": "m", "sat": {"limits": {"max_seconds": 1}}}).to_dict()
+    claim = claim_for(store, quick, "checkpoint", limited)
+    run(store, quick, claim)
+    job = store.get_job("default", claim.job_id)
+    assert job.error is not None
+    assert (job.status, job.error["code"]) == ("failed", "time_limit_exceeded")
+    assert [c.step for c in store.checkpoints("default", claim.job_id).items] == [3]
 
 
 def test_a_stopping_worker_gives_its_job_back_uncounted(store: Store, quick: Settings) -> None:
