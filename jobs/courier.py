@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 from standardwebhooks import Webhook
@@ -58,6 +59,10 @@ class Courier:
             follow_redirects=False,
             trust_env=False,
             timeout=httpx.Timeout(10, connect=5, pool=5),
+            # A connection is known by its address, so one kept open would carry another host's events past the check of
+            # its certificate; and receivers of several projects share no cookies.
+            limits=httpx.Limits(max_keepalive_connections=0),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             headers={"user-agent": "Satune-Webhooks/1"},
         )
 
@@ -98,7 +103,8 @@ class Courier:
             return Outcome(
                 status=status,
                 error=f"The receiver answered {status}",
-                retry_after_seconds=float(wait) if wait.isdigit() else 0.0,
+                # isdigit alone also holds for digits such as a superscript two, which are no number.
+                retry_after_seconds=float(wait) if wait.isascii() and wait.isdigit() else 0.0,
             )
 
     def _resolve(self, url: str) -> Address:

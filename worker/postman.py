@@ -67,6 +67,9 @@ class Postman:
                     self._tidied_at = time.monotonic()
             except StoreUnavailable as error:
                 log.warning("%s", error)
+            except Exception:
+                # One delivery that breaks comes up again later; those of the others must go out.
+                log.exception("A round of webhooks broke")
             if sent < AT_ONCE:
                 self.stopping.wait(self.settings.sweep_seconds)
         self._courier.close()

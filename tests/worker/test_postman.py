@@ -189,6 +189,18 @@ def test_a_redirect_is_a_failure_and_waiting_is_honoured(
     assert delivery.next_at - (delivery.tried_at or 0) == pytest.approx(1000, abs=2)
 
 
+def test_a_wait_that_is_no_number_is_not_honoured(
+    store: Store, receiver: Receiver, postman: Postman
+) -> None:
+    endpoint = register(store, receiver)
+    cancelled(store)
+    receiver.status = 503
+    receiver.headers = {"retry-after": "\xb2"}
+    postman.round()
+    (delivery,) = deliveries(store, endpoint)
+    assert (delivery.response_status, delivery.status) == (503, "pending")
+
+
 def test_two_senders_send_once(store: Store, receiver: Receiver, postman: Postman) -> None:
     register(store, receiver)
     cancelled(store)
