@@ -212,7 +212,7 @@ class Runner:
     def _time_is_up(self) -> dict[str, Any]:
         message = (
             f"The run was ended after {self._max_seconds} s of training, as sat.limits.max_seconds says; "
-            "its last checkpoint is kept, and a new job can start from it"
+            "a checkpoint that it has written is kept, and a new job can start from it"
         )
         return {
             "code": "time_limit_exceeded",

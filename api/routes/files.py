@@ -19,13 +19,13 @@ from api.drafts import (
     FORMAT_FIELD,
     FORMATS,
     KEEP_FIELD,
-    PIECE_BYTES,
     PURPOSE,
     SECONDS_FIELD,
     Draft,
     Terms,
     declared_format,
     new_file,
+    row_check,
     shown_name,
 )
 from api.errors import ApiError
@@ -34,7 +34,6 @@ from api.routes.uploads import too_large
 from api.schemas.files import FileObject
 from api.schemas.lists import After, Deleted, ListOf, Order
 from api.schemas.problems import answers
-from sat_io.formats import FileCheck
 
 router = APIRouter(prefix="/v1/files", tags=["files"], dependencies=[Depends(require_key)])
 
@@ -103,7 +102,7 @@ async def create_file(request: Request, app: App, key: Caller, creating: once.Cr
     def opener(filename: str, fields: Mapping[str, str]) -> Draft:
         names.append(shown_name(filename))
         early.extend(fields)
-        check = FileCheck(names[0], declared_format(fields), PIECE_BYTES)
+        check = row_check(names[0], declared_format(fields))
         return Draft(app.artifacts.files, limit, refuse, check)
 
     form = Form(

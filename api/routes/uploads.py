@@ -19,11 +19,11 @@ from api.deps import App, Services
 from api.drafts import (
     EXPIRES_SECONDS,
     FORMATS,
-    PIECE_BYTES,
     PURPOSE,
     Draft,
     Terms,
     new_file,
+    row_check,
     shown_name,
 )
 from api.errors import ApiError
@@ -33,7 +33,6 @@ from api.schemas.files import PartObject, UploadObject
 from api.schemas.problems import answers
 from jobs.errors import UploadClosed
 from jobs.spec import NewUpload, UploadPart, UploadRecord, new_id
-from sat_io.formats import FileCheck
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], dependencies=[Depends(require_key)])
 
@@ -251,7 +250,7 @@ def _make_file(app: Services, project: str, upload_id: str, body: CompleteUpload
         app.artifacts.files,
         limit,
         lambda: too_large(limit, "bytes"),
-        FileCheck(upload.filename, terms.declared, PIECE_BYTES),
+        row_check(upload.filename, terms.declared),
     )
     try:
         _join(app, draft, upload_id, parts, body.md5)

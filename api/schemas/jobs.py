@@ -31,8 +31,9 @@ class JobFailure(BaseModel):
 class StatusDetail(BaseModel):
     """More than `status` may say: one state with its message, and since when.
 
-    Of a job that waits, also its place in the queue, why it waits (no_worker, no_slot, no_fitting_worker, slots_busy, jobs_before,
-    project_limit, retry_wait, starting), and between which Unix seconds it may start, where past runs let that be told.
+    Of a job that waits, also its place in the queue, why it waits (no_worker, no_slot, no_fitting_worker, slots_busy,
+    jobs_before, project_limit, retry_wait, starting), and between which Unix seconds it may start, where past runs let
+    that be told.
     """
 
     state: str
