@@ -13,13 +13,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select
 from sqlalchemy.orm import Session
 
-from jobs.models import FileRow, JobRow, ModelRow
+from jobs.models import CheckpointRow, ChoreRow, FileRow, JobRow, ModelRow, UploadRow
 from jobs.spec import new_id
 from jobs.tenant_models import (
     AuditRow,
+    DeliveryRow,
     KeyRow,
     ProjectRow,
     SecretRow,
@@ -29,6 +30,8 @@ from jobs.tenant_models import (
 
 # What is audited, and the first half of an entry's type: `api_key.created`.
 NOUNS: dict[type[Any], str] = {
+    CheckpointRow: "fine_tuning.job.checkpoint",
+    DeliveryRow: "webhook_delivery",
     FileRow: "file",
     JobRow: "fine_tuning.job",
     KeyRow: "api_key",
@@ -36,8 +39,11 @@ NOUNS: dict[type[Any], str] = {
     ProjectRow: "project",
     SecretRow: "secret",
     ServiceAccountRow: "service_account",
+    UploadRow: "upload",
     WebhookRow: "webhook_endpoint",
 }
+# Of chores those that leave something behind; the others find out what may be asked again.
+CHORE_NOUNS = {"export": "export"}
 
 
 @dataclass(kw_only=True)
@@ -59,9 +65,9 @@ def write_audit(session: Session, *_: Any) -> None:
     if actor is None or not actor.kind:
         return
     found: list[tuple[Any, str, list[str]]]
-    found = [(row, "created", []) for row in session.new if type(row) in NOUNS]
-    found += [(row, "updated", _changed(row)) for row in session.dirty if type(row) in NOUNS]
-    found += [(row, "deleted", []) for row in session.deleted if type(row) in NOUNS]
+    found = [(row, "created", []) for row in session.new if _noun(row)]
+    found += [(row, "updated", _changed(row)) for row in session.dirty if _noun(row)]
+    found += [(row, "deleted", []) for row in session.deleted if _noun(row)]
     for row, verb, columns in found:
         if verb == "updated" and not columns:
             continue
@@ -72,9 +78,9 @@ def write_audit(session: Session, *_: Any) -> None:
         session.add(
             AuditRow(
                 id=new_id("audit_log-"),
-                project=row.id if isinstance(row, ProjectRow) else row.project,
+                project=_project(session, row),
                 created_at=time.time(),
-                type=f"{NOUNS[type(row)]}.{verb}",
+                type=f"{_noun(row)}.{verb}",
                 target=row.id,
                 # Names only: values may be secrets.
                 changed=columns if verb == "updated" else [],
@@ -86,5 +92,22 @@ def write_audit(session: Session, *_: Any) -> None:
         )
 
 
+def _noun(row: Any) -> str | None:
+    return CHORE_NOUNS.get(row.kind) if isinstance(row, ChoreRow) else NOUNS.get(type(row))
+
+
+def _project(session: Session, row: Any) -> str:
+    if isinstance(row, ProjectRow):
+        return row.id
+    if isinstance(row, CheckpointRow):
+        return session.scalars(select(JobRow.project).where(JobRow.id == row.job_id)).one()
+    if isinstance(row, DeliveryRow):
+        query = select(WebhookRow.project).where(WebhookRow.id == row.endpoint_id)
+        return session.scalars(query).one()
+    return str(row.project)
+
+
 def _changed(row: Any) -> list[str]:
-    return sorted(a.key for a in inspect(row).attrs if a.history.has_changes())
+    """Names of changed columns; a version that follows other changes is none."""
+    changed = {a.key for a in inspect(row).attrs if a.history.has_changes()}
+    return sorted(changed - {"version"})

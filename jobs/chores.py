@@ -142,15 +142,8 @@ class Chores(Transactions):
     def delete_chore(self, project: str, chore_id: str) -> None:
         """Drop one, with what it has found; whoever works on it is fenced off."""
         with self.writing() as session:
-            session.execute(
-                delete(ChoreRow).where(ChoreRow.project == project, ChoreRow.id == chore_id)
-            )
-
-    def forget_chores(self, project: str, subject: str) -> None:
-        """Drop what was found out about something that goes; whoever works on it is fenced off."""
-        with self.writing() as session:
-            query = select(ChoreRow).where(ChoreRow.project == project, ChoreRow.subject == subject)
-            for row in session.scalars(query):
+            query = select(ChoreRow).where(ChoreRow.project == project, ChoreRow.id == chore_id)
+            if (row := session.scalar(query)) is not None:
                 session.delete(row)
 
     def withdraw_chore(self, project: str, chore_id: str) -> None:
@@ -165,15 +158,22 @@ class Chores(Transactions):
             )
 
     def claim_chore(self, worker_id: str, *, chat: bool = False) -> ChoreRecord | None:
-        """Take the oldest waiting chat, or else chore; None where there is none."""
+        """Take a waiting chat, or else chore, of the project that has the fewest in work, the oldest; None where none is."""
+        in_work = (
+            select(ChoreRow.project, func.count().label("number"))
+            .where(ChoreRow.status == ChoreStatus.RUNNING, (ChoreRow.kind == CHAT) == chat)
+            .group_by(ChoreRow.project)
+            .subquery()
+        )
         with self.writing() as session:
             query = (
                 select(ChoreRow)
+                .outerjoin(in_work, in_work.c.project == ChoreRow.project)
                 .where(ChoreRow.status == ChoreStatus.WAITING, (ChoreRow.kind == CHAT) == chat)
-                .order_by(ChoreRow.seq)
+                .order_by(func.coalesce(in_work.c.number, 0), ChoreRow.seq)
                 .limit(1)
             )
-            row = session.scalar(query.with_for_update(skip_locked=True))
+            row = session.scalar(query.with_for_update(of=ChoreRow, skip_locked=True))
             if row is None:
                 return None
             row.owner, row.attempt, row.heartbeat_seq = worker_id, row.attempt + 1, 0

@@ -60,6 +60,13 @@ class ModelInUse(JobsError, ValueError):
 
     job_ids: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, job_ids: tuple[str, ...], message: str) -> ModelInUse:
+        """`job_ids` are those jobs."""
+        error = cls(message)
+        error.job_ids = job_ids
+        return error
+
 
 class IdempotencyMismatch(JobsError, ValueError):
     """The idempotency key was used with another body."""

@@ -196,9 +196,7 @@ def refuse_used_model(session: Session, project: str, name: str) -> None:
         JobRow.project == project, JobRow.model == name, JobRow.status.in_(ACTIVE)
     )
     if users := tuple(session.scalars(active)):
-        error = ModelInUse(f"{', '.join(users)}, which have not ended, start from {name}")
-        error.job_ids = users
-        raise error
+        raise ModelInUse.of(users, f"{', '.join(users)}, which have not ended, start from {name}")
 
 
 def _files_of(training: str, validation: str | None, request: dict[str, Any]) -> set[str | None]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs.errors import NotFound
+from jobs.errors import ModelInUse, NotFound
 from jobs.library import record_of, refuse_used_model
 from jobs.models import CheckpointRow
 from jobs.moves import locked
-from jobs.names import checkpoint_name
+from jobs.names import checkpoint_name, find_checkpoint
 from jobs.reads import find_job
 from jobs.spec import CheckpointRecord
+from jobs.states import TERMINAL
 from jobs.transactions import Transactions
 
 
@@ -67,6 +68,28 @@ class Pins(Transactions):
             if not still_there:
                 session.delete(row)
             return record
+
+    def delete_checkpoint(self, project: str, name: str) -> CheckpointRecord:
+        """Forget a checkpoint by its public name, pinned or not; its folders are the caller's to remove.
+
+        Raises:
+            NotFound: no such checkpoint.
+            ModelInUse: its own job has not ended and may go on from it, or others that have not ended start from it.
+        """
+        with self.writing() as session:
+            found = find_checkpoint(session, project, name)
+            if found is None:
+                raise NotFound.of("model", name)
+            job = locked(session, found[0])
+            if job.status not in TERMINAL:
+                raise ModelInUse.of(
+                    (job.id,), f"{job.id}, which has not ended, may go on from {name}"
+                )
+            refuse_used_model(session, project, name)
+            row = _find(session, job.id, found[1].id)
+            session.delete(row)
+            job.version += 1
+            return _record(row)
 
 
 def _find(session: Session, job_id: str, checkpoint_id: str) -> CheckpointRow:

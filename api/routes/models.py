@@ -35,22 +35,21 @@ def retrieve_model(model: str, app: App, key: Caller) -> Model:
     responses=answers("model_not_found", "model_not_deletable", "model_in_use"),
 )
 def delete_model(model: str, app: App, key: Caller) -> Deleted:
-    """Delete a result and its files."""
+    """Delete a result, or a checkpoint of a job that has ended, and its files."""
     if model in app.artifacts.local_models():
         raise ApiError(
             "model_not_deletable",
             f"{model} is a folder of this machine; remove the folder itself.",
             "model",
         )
-    path = app.store.get_model(key.project, model).path
     if is_checkpoint(model):
-        raise ApiError(
-            "model_not_deletable",
-            f"{model} is a checkpoint; its run deletes it, or `unpin` does where it was pinned.",
-            "model",
-        )
-    app.store.delete_model(key.project, model)
-    app.artifacts.delete(path)
+        gone = app.store.delete_checkpoint(key.project, model)
+        paths = [gone.path, *([gone.pinned_from] if gone.pinned_from else [])]
+    else:
+        paths = [app.store.get_model(key.project, model).path]
+        app.store.delete_model(key.project, model)
+    for path in paths:
+        app.artifacts.delete(path)
     return Deleted(id=model, object="model")
 
 

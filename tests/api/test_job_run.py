@@ -213,7 +213,8 @@ def test_a_pinned_checkpoint_outlives_its_run_and_is_a_model(client, services, f
     assert create(client, file_id, model=gone).json()["error"]["code"] == "unknown_model"
     assert client.get(f"/v1/models/{gone}").json()["error"]["code"] == "model_not_found"
     deleted = client.delete(f"/v1/models/{name}")
-    assert (deleted.status_code, deleted.json()["error"]["code"]) == (409, "model_not_deletable")
+    assert (deleted.status_code, deleted.json()["error"]["code"]) == (409, "model_in_use")
+    assert job in deleted.json()["error"]["message"]
 
     # Training again over the same step leaves the pinned one alone.
     services.store.release(claim, "x")
@@ -248,6 +249,27 @@ def test_a_checkpoint_whose_bytes_are_gone_cannot_be_pinned(client, services, jo
     answer = client.post(f"{url}/pin")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "checkpoint_not_found")
     assert not client.get(url).json()["pinned"]
+
+
+def test_a_checkpoint_of_an_ended_job_can_be_deleted_and_frees_its_storage(client, services, job):
+    claim = claim_job(services, 40)
+    for step in (10, 20):
+        checkpoint(services, claim, step)
+    pinned, plain = client.get(f"{JOBS}/{job}/checkpoints").json()["data"]
+    assert client.post(f"{JOBS}/{job}/checkpoints/{pinned['id']}/pin").json()["pinned"]
+    services.store.fail(claim, {"code": "internal_error", "message": "x", "param": None})
+    before = client.get("/v1/sat/limits").json()["usage"]["storage_bytes"]
+    for one in (pinned, plain):
+        name = one["fine_tuned_model_checkpoint"]
+        folder = services.model_path("default", name)
+        assert folder.is_dir()
+        assert client.delete(f"/v1/models/{name}").json()["deleted"]
+        assert not folder.exists()
+        assert client.delete(f"/v1/models/{name}").json()["error"]["code"] == "model_not_found"
+    assert client.get(f"{JOBS}/{job}/checkpoints").json()["data"] == []
+    assert not list(services.artifacts.runs(job).glob("*/checkpoints/*"))
+    after = client.get("/v1/sat/limits").json()["usage"]["storage_bytes"]
+    assert before - after == pinned["size_bytes"] + plain["size_bytes"]
 
 
 def test_head_is_get_without_a_body(client, services, job):

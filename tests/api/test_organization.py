@@ -256,3 +256,20 @@ def test_a_change_over_http_is_in_the_audit_log_with_its_request(client, file_id
     assert entries[0]["request_id"] == cancelled.headers["x-request-id"]
     assert entries[0]["actor"]["api_key"]["id"].startswith("key_")
     assert "status" in entries[0]["changed"]
+
+
+def test_what_leaves_something_behind_is_audited_whatever_it_is(client, services, file_id):
+    new = {"purpose": "fine-tune", "filename": "a.txt", "bytes": 1, "mime_type": "text/plain"}
+    upload = client.post("/v1/uploads", json=new).json()["id"]
+    client.post(f"/v1/uploads/{upload}/cancel")
+    export = services.store.ask_chore("default", "export", "ft:x").id
+    client.delete(f"/v1/exports/{export}")
+    client.get(f"/v1/files/{file_id}/validation")
+    entries = client.get("/v1/organization/audit_logs").json()["data"]
+    told = [(e["type"], e["target"], e["operation"]) for e in entries]
+    assert told[:3] == [
+        ("export.deleted", export, "deleteExport"),
+        ("upload.updated", upload, "cancelUpload"),
+        ("upload.created", upload, "createUpload"),
+    ]
+    assert not [kind for kind, *_ in told if "chore" in kind]

@@ -127,10 +127,16 @@ def test_what_is_forgotten_is_fenced_off(store: Store) -> None:
     store.ask_chore("default", "k", "file-1")
     kept = store.ask_chore("default", "k", "file-2")
     claim = claimed(store)
-    store.forget_chores("default", "file-1")
+    store.delete_chore("default", claim.id)
     with pytest.raises(LeaseLost):
         store.finish_chore(claim, {})
     assert claimed(store).id == kept.id
+
+
+def test_one_projects_many_chores_delay_nobody_elses(store: Store) -> None:
+    many = [store.ask_chore("default", "k", str(n)).id for n in range(3)]
+    one = store.ask_chore("other", "k", "1").id
+    assert [claimed(store).id for _ in range(4)] == [many[0], one, *many[1:]]
 
 
 def test_a_project_cannot_flood_the_workers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

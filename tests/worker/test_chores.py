@@ -113,7 +113,7 @@ def test_a_forgotten_chore_takes_its_child_with_it(store: Store, quick: Settings
         time.sleep(0.02)
     child = Path(f"/proc/{pid.read_text()}")
     assert child.exists()
-    store.forget_chores("default", "s")
+    store.delete_chore("default", claim.id)
     thread.join(10)
     assert not thread.is_alive()
     assert not child.exists()
