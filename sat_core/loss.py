@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sat_core.corpus import IGNORED_LABEL
+from sat_core.plan.families import family_of
 
 if TYPE_CHECKING:
     from sat_core.corpus import Batch
@@ -44,8 +45,7 @@ def token_loss(model: Any, batch: Batch, *, train_head: bool = True) -> TokenLos
     Without `train_head` no gradient of the head's weight is made.
     """
     base = model.get_decoder()
-    positions = {} if batch.positions_BT is None else {"position_ids": batch.positions_BT}
-    hidden_BTH = base(input_ids=batch.input_ids_BT, use_cache=False, **positions)[0]
+    hidden_BTH = base(**forward_arguments(model, batch))[0]
     targets_BT = batch.labels_BT[:, 1:]
     labelled_BT = targets_BT != IGNORED_LABEL
     hidden_NH, targets_N = hidden_BTH[:, :-1][labelled_BT], targets_BT[labelled_BT]
@@ -55,6 +55,19 @@ def token_loss(model: Any, batch: Batch, *, train_head: bool = True) -> TokenLos
     weight = head.weight if train_head else head.weight.detach()
     total, correct = loss(hidden_NH, weight, head.bias, targets_N, softcap)
     return TokenLoss(total, correct, len(targets_N))
+
+
+def forward_arguments(model: Any, batch: Batch) -> dict[str, Any]:
+    """What the stock forward is given, so that no document sees another where the batch keeps them apart."""
+    arguments = {"input_ids": batch.input_ids_BT, "use_cache": False}
+    if (positions_BT := batch.positions_BT) is None:
+        return arguments
+    arguments["position_ids"] = positions_BT
+    if family_of(model.config.model_type).masks_documents:
+        document_BT = (positions_BT == 0).cumsum(1)
+        same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+        arguments["attention_mask"] = same_BTT.tril()[:, None]
+    return arguments
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -48,6 +48,8 @@ class Family:
         gated: whether the MLP has a gate.
         tied: whether embeddings are tied where config.json is silent.
         whole_heads_if: a key of config.json that, where true, forbids narrowing the attention (positions live in the heads).
+        masks_documents: whether documents in one sequence need a mask to be kept apart; the stock forward of the others does
+            it by their positions.
     """
 
     model_types: tuple[str, ...]
@@ -62,6 +64,7 @@ class Family:
     gated: bool = True
     tied: bool = False
     whole_heads_if: str = ""
+    masks_documents: bool = False
 
 
 def _two_matrices(into: str, out: str) -> tuple[Slice, ...]:
@@ -147,6 +150,7 @@ FAMILIES = (
         keys={"intermediate_size": "ffn_dim"},
         gated=False,
         tied=True,
+        masks_documents=True,
     ),
     Family(
         model_types=("falcon",),

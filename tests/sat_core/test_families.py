@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sat_core.loss import token_loss
+from sat_core.corpus import Batch
+from sat_core.loss import forward_arguments, token_loss
 from sat_core.plan.families import supported_model_types
 from sat_core.reference import masked_loss, masks_of
 from sat_core.sparsity import Sparsity
@@ -133,6 +134,23 @@ def test_a_narrowed_model_is_saved_dense_and_loads_to_equal_logits(
         logits = loaded(input_ids=batch.input_ids_BT).logits
     note(table, case, "save, load", float((logits - expected).abs().max()))
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_documents_of_one_sequence_do_not_see_each_other(case: tuple[str, int]) -> None:
+    name, kv_heads = case
+    model = tiny_model(name, kv_heads=kv_heads).double().eval()
+    ids_BT = random_batch(1, rows=2, width=24).input_ids_BT
+    splits = 13, 8
+    positions_BT = torch.stack([torch.cat([torch.arange(n), torch.arange(24 - n)]) for n in splits])
+    packed = Batch(ids_BT, ids_BT, torch.tensor([24, 24]), positions_BT)
+    with torch.no_grad():
+        together = model(**forward_arguments(model, packed)).logits
+        for row, split in enumerate(splits):
+            for document in (slice(split), slice(split, 24)):
+                alone = model(input_ids=ids_BT[row : row + 1, document]).logits[0]
+                # Gemma's attention and positions are float32 whatever the model is.
+                torch.testing.assert_close(together[row, document], alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [False, True])
