@@ -151,6 +151,10 @@ class Client:
         """One job as it stands; with `wait` and `version` as soon as it is of another version."""
         return self._send("GET", f"{JOBS}/{job_id}", params=params)
 
+    def config(self, job_id: str) -> dict[str, Any]:
+        """What a job was told and what it resolved."""
+        return self._send("GET", f"{JOBS}/{job_id}/config")
+
     def jobs(self, **params: Any) -> list[dict[str, Any]]:
         """The newest jobs."""
         return list(self._send("GET", JOBS, params=params)["data"])

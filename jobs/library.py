@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -120,6 +121,15 @@ class Library(Transactions):
             query = select(FileRow.project, FileRow.id).where(FileRow.expires_at <= time.time())
             return [(project, id) for project, id in session.execute(query.limit(100))]
 
+    def needed_corpora(self) -> set[str]:
+        """Names of the corpora that jobs which have not ended train on."""
+        with self.reading() as session:
+            query = select(JobRow.config["corpus"].as_string())
+            paths = session.scalars(
+                query.where(JobRow.status.in_(ACTIVE), JobRow.config.isnot(None))
+            )
+            return {Path(path).name for path in paths}
+
     def list_models(self, project: str) -> list[ModelRecord]:
         """All results of a project, newest first."""
         with self.reading() as session:
@@ -184,7 +194,7 @@ def _refuse_used(session: Session, project: str, file_id: str) -> None:
         JobRow.project == project, JobRow.status.in_(ACTIVE)
     )
     jobs = session.execute(active)
-    if users := tuple(id for id, *files in jobs if file_id in _files_of(*files)):
+    if users := tuple(id for id, *files in jobs if file_id in files_of(*files)):
         error = FileInUse(f"{file_id} is needed by {', '.join(users)}, which have not ended")
         error.job_ids = users
         raise error
@@ -199,9 +209,11 @@ def refuse_used_model(session: Session, project: str, name: str) -> None:
         raise ModelInUse.of(users, f"{', '.join(users)}, which have not ended, start from {name}")
 
 
-def _files_of(training: str, validation: str | None, request: dict[str, Any]) -> set[str | None]:
+def files_of(training: str, validation: str | None, request: dict[str, Any]) -> list[str]:
+    """Ids of all files that a job reads, its own first."""
     mix = request["sat"]["data"]["mix"]
-    return {training, validation, *(entry["file"] for entry in mix)}
+    own = [training, *([validation] if validation else [])]
+    return list(dict.fromkeys([*own, *(entry["file"] for entry in mix)]))
 
 
 def _find_file(session: Any, project: str, file_id: str) -> FileRow:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -72,14 +73,18 @@ class Preparation:
                     scratch.rename(folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+        os.utime(folder)  # its last use, by which whoever tidies goes
         return folder, json.loads((folder / "corpus.json").read_text("utf-8"))["figures"]
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [self.training, *([self.validation] if self.validation else []), *self.mixes]
 
     def _key(self) -> str:
         tokens, renderer = self.tokens, self.tokens.renderer
-        sources = [self.training, self.validation, *self.mixes]
         parts = [
             CORPUS_FORMAT,
-            [(s.fingerprint, s.filename, s.weight) for s in sources if s is not None],
+            [(s.fingerprint, s.filename, s.weight) for s in self._sources],
             self.validation is None,
             hashlib.sha256(renderer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             str(renderer.tokenizer.chat_template),
@@ -122,8 +127,10 @@ class Preparation:
                 "validation": held.finish(),
                 "files": files,
             }
+        sources = [s.fingerprint for s in self._sources]
         (folder / "corpus.json").write_text(
-            json.dumps({"format": CORPUS_FORMAT, "figures": figures}, indent=1), "utf-8"
+            json.dumps({"format": CORPUS_FORMAT, "sources": sources, "figures": figures}, indent=1),
+            "utf-8",
         )
 
     def _split(

@@ -1,14 +1,19 @@
 """What nobody asks for and time alone brings about: files and uploads whose hour has come, folders nobody works in.
 
+A corpus can be made again from its files, so it goes when no unfinished job trains on it and either nobody has asked for it
+in a week or the bytes of a file in it were deleted.
 Harmless in any number, like the sweeper. A file that an unfinished job needs stays until the job has ended.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import secrets
 import shutil
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from jobs.artifacts import Artifacts
 from jobs.errors import FileInUse, NotFound
@@ -20,6 +25,9 @@ log = logging.getLogger(__name__)
 TIDY_SECONDS = 60.0
 # The folder of a chore goes with its runner; this is for runners that were killed. No chore but a chat lasts as long.
 STALE_CHORE_SECONDS = 6 * 3600
+CORPUS_SECONDS = 7 * 24 * 3600
+# Whoever has just prepared it names it in its job's row a moment later.
+FRESH_CORPUS_SECONDS = 3600
 
 
 class Janitor:
@@ -47,3 +55,26 @@ class Janitor:
                 old = time.time() - folder.stat().st_mtime > STALE_CHORE_SECONDS
                 if old and folder.name not in held:
                     shutil.rmtree(folder, ignore_errors=True)
+        self._tidy_corpora()
+
+    def _tidy_corpora(self) -> None:
+        """Rename aside first: whoever comes for it in this moment finds it whole or not at all."""
+        needed = self.store.needed_corpora()
+        for folder in self.artifacts.corpora.glob("[!.]*/"):
+            with suppress(FileNotFoundError):
+                if folder.name not in needed and self._useless(folder):
+                    aside = folder.with_name(f".gone-{secrets.token_hex(8)}")
+                    folder.rename(aside)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    log.info("Corpus %s is dropped", folder.name)
+        for scratch in self.artifacts.corpora.glob(".*/"):
+            with suppress(FileNotFoundError):
+                if time.time() - scratch.stat().st_mtime > CORPUS_SECONDS:
+                    shutil.rmtree(scratch, ignore_errors=True)
+
+    def _useless(self, folder: Path) -> bool:
+        unused = time.time() - folder.stat().st_mtime
+        if unused > CORPUS_SECONDS or unused < FRESH_CORPUS_SECONDS:
+            return unused > CORPUS_SECONDS
+        made_of = json.loads((folder / "corpus.json").read_text("utf-8")).get("sources", [])
+        return not all(self.artifacts.file(sha256).exists() for sha256 in made_of)

@@ -1,4 +1,4 @@
-"""`/v1/fine_tuning/jobs/{id}/report` and `/clone`: what became of a run, and the same run once more with changes."""
+"""`/v1/fine_tuning/jobs/{id}/report`, `/config` and `/clone`: what became of a run, of what, and the same with changes."""
 
 from typing import Any
 
@@ -7,14 +7,16 @@ from fastapi.concurrency import run_in_threadpool
 
 from api import once
 from api.auth import Caller, require_key
-from api.deps import App
+from api.deps import App, Services
 from api.errors import ApiError
 from api.routes.fine_tuning import CREATE_CODES, start_job
 from api.schemas.create import check, json_object
 from api.schemas.jobs import FineTuningJob
 from api.schemas.problems import answers
-from api.schemas.report import JobReport
-from jobs.spec import JobRecord
+from api.schemas.report import JobConfig, JobReport
+from jobs.errors import NotFound
+from jobs.library import files_of
+from jobs.spec import FileRecord, JobRecord
 from jobs.states import TERMINAL
 
 router = APIRouter(
@@ -36,6 +38,27 @@ def retrieve_report(job_id: str, app: App, key: Caller) -> JobReport:
             f"Job {job_id} is {run.job.status}; there is a report once it has succeeded, failed or been cancelled.",
         )
     return JobReport.of(run)
+
+
+@router.get(
+    "/{job_id}/config",
+    operation_id="retrieveFineTuningJobConfig",
+    responses=answers("job_not_found"),
+)
+def retrieve_config(job_id: str, app: App, key: Caller) -> JobConfig:
+    """What a job was told and what it resolved, at any time of its life."""
+    run = app.store.get_run(key.project, job_id)
+    job = run.job
+    ids = files_of(job.training_file, job.validation_file, job.request)
+    files = {id: _file(app, key.project, id) for id in ids}
+    return JobConfig.of(run, create_body(job, by_method=True), files)
+
+
+def _file(app: Services, project: str, file_id: str) -> FileRecord | None:
+    try:
+        return app.store.get_file(project, file_id)
+    except NotFound:
+        return None
 
 
 @router.post(

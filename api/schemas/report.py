@@ -12,7 +12,44 @@ from pydantic import BaseModel
 from api.schemas.estimates import Range
 from api.schemas.jobs import JobFailure
 from jobs.reports import AttemptRecord, RunRecord
+from jobs.spec import FileRecord
 from jobs.states import Stage
+
+
+class DataHash(BaseModel):
+    """A file that a job reads, with the hash of its bytes; null where it was deleted since."""
+
+    id: str
+    filename: str | None
+    sha256: str | None
+
+
+class JobConfig(BaseModel):
+    """Everything a job was told and everything it resolved.
+
+    `body` is the create body with every default stated: sent to `/v1/fine_tuning/jobs`, or as a file to `satune submit`, it
+    starts the same run once more. `resolved` is what the files made of it, the `config.json` that `python -m sat_core train`
+    reads, frozen before the first step; `hardware` is what it was resolved for. Both are null until the files were read.
+    """
+
+    id: str
+    object: Literal["fine_tuning.job.config"] = "fine_tuning.job.config"
+    body: dict[str, Any]
+    files: list[DataHash]
+    resolved: dict[str, Any] | None
+    hardware: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, run: RunRecord, body: dict[str, Any], files: dict[str, FileRecord | None]) -> Self:
+        """The configuration as a client sees it; `files` by id."""
+        found = [
+            DataHash(id=id, filename=file and file.filename, sha256=file and file.sha256)
+            for id, file in files.items()
+        ]
+        hardware = (run.quote or {}).get("hardware")
+        return cls(
+            id=run.job.id, body=body, files=found, resolved=run.job.config, hardware=hardware
+        )
 
 
 class TimeReport(BaseModel):

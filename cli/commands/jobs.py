@@ -6,6 +6,7 @@ import time
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -48,9 +49,28 @@ def list_jobs(
 
 
 @app.command()
-def show(job_id: JobId, data_dir: DataDir = HERE, as_json: Json = False) -> None:
+def show(
+    job_id: JobId,
+    config: Annotated[
+        bool,
+        typer.Option(
+            "--config",
+            help="Its create body as YAML, every default stated, as `submit` takes it; with --json also what it resolved.",
+        ),
+    ] = False,
+    data_dir: DataDir = HERE,
+    as_json: Json = False,
+) -> None:
     """A job as it stands now."""
-    job = Client(Connection.find(data_dir)).job(job_id)
+    client = Client(Connection.find(data_dir))
+    if config:
+        found = client.config(job_id)
+        if as_json:
+            emit(found)
+        else:
+            typer.echo(yaml.safe_dump(found["body"], sort_keys=False, allow_unicode=True), nl=False)
+        return
+    job = client.job(job_id)
     if as_json:
         emit(job)
         return

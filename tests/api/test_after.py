@@ -7,7 +7,7 @@ import pytest
 from api.routes.after import merge_patch
 
 from .conftest import create, upload
-from .finished import fail_job, finish_job, new_job, train_job
+from .finished import claim_job, fail_job, finish_job, new_job, train_job
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -30,6 +30,28 @@ def selection(step: int, gap: float | None) -> dict:
             {"kind": "mlp", "layer": 1, "awake_share": 0.5, "coverage": 0.7},
         ],
     }
+
+
+def test_the_configuration_is_there_at_any_time_and_makes_the_same_job(client, services, file_id):
+    asked = {"sat": {"omission_rate": {"mlp": 0.3}}, "suffix": "x", "seed": 7}
+    job = create(client, file_id, **asked).json()
+    waiting = client.get(f"{JOBS}/{job['id']}/config").json()
+    assert (waiting["resolved"], waiting["hardware"]) == (None, None)
+    again = client.post(JOBS, json=waiting["body"])
+    assert again.status_code == 200, again.text
+    assert client.get(f"{JOBS}/{again.json()['id']}/config").json()["body"] == waiting["body"]
+    claim_job(services, 40)
+    assert client.get(f"{JOBS}/{job['id']}/config").json()["resolved"]["total_steps"] == 40
+    (file,) = waiting["files"]
+    assert (file["id"], len(file["sha256"])) == (file_id, 64)
+    for one in (job, again.json()):
+        client.post(f"{JOBS}/{one['id']}/cancel")
+    for claim in services.store.leases():
+        services.store.expire(claim, max_failures=1, retry_seconds=0)
+    client.delete(f"/v1/files/{file_id}")
+    gone = {"id": file_id, "filename": None, "sha256": None}
+    assert client.get(f"{JOBS}/{job['id']}/config").json()["files"] == [gone]
+    assert client.get(f"{JOBS}/ftjob-none/config").json()["error"]["code"] == "job_not_found"
 
 
 def test_the_report_of_a_run_says_what_it_cost_and_saved(client, services):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
+import os
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -20,6 +23,7 @@ from worker.janitor import Janitor
 from worker.kinds import KINDS
 
 from .conftest import KEY, ROW, create, upload
+from .finished import claim_job, new_job
 from .serving import served
 
 
@@ -217,6 +221,27 @@ def test_a_file_expires_when_it_was_asked_to_and_no_job_needs_it(client, service
     janitor.tidy(now=True)
     kept = {item["id"] for item in client.get("/v1/files").json()["data"]}
     assert kept == {needed, lasting["id"]}
+
+
+def test_a_corpus_goes_with_its_files_and_with_time_but_never_from_a_job(client, services):
+    def made(name: str, sha256: str, hours: float) -> Path:
+        folder = services.artifacts.corpora / name
+        folder.mkdir()
+        (folder / "corpus.json").write_text(json.dumps({"sources": [sha256]}))
+        then = time.time() - hours * 3600
+        os.utime(folder, (then, then))
+        return folder
+
+    file = upload(client, ROW).json()["id"]
+    here = services.store.get_file("default", file).sha256
+    lasting = [made("used", here, 100), made("fresh", "0" * 64, 0.5), made("x", "0" * 64, 1000)]
+    going = [made("old", here, 200), made("deleted", "0" * 64, 2)]
+    new_job(services)
+    claim_job(services, 40)  # its corpus is `x`
+    Janitor(services.settings, services.store).tidy(now=True)
+    assert [folder.exists() for folder in lasting] == [True] * 3
+    assert [folder.exists() for folder in going] == [False] * 2
+    assert len(list(services.artifacts.corpora.iterdir())) == 3
 
 
 def test_a_bad_file_may_be_kept_for_its_report_and_no_job_takes_it(client, file_id):

@@ -55,6 +55,22 @@ def running(service: Up, job_id: str) -> bool:
     return json.loads(service.run("show", job_id, "--json").stdout)["status"] == "running"
 
 
+def test_what_a_job_was_told_is_a_job_file(service: Up, work: Path, done: dict[str, Any]) -> None:
+    shown = service.run("show", done["id"], "--config")
+    assert shown.returncode == 0, shown.stderr
+    (work / "again.yaml").write_text(shown.stdout)
+    made = service.run("submit", str(work / "again.yaml"), "--no-watch")
+    assert made.returncode == 0, made.stderr
+    first, again = (
+        json.loads(service.run("show", job, "--config", "--json").stdout)
+        for job in (done["id"], made.stdout.strip())
+    )
+    assert again["body"] == first["body"]
+    assert first["resolved"]["total_steps"] == 12
+    assert first["hardware"]["device"] == "cpu"
+    assert [(f["filename"], len(f["sha256"])) for f in first["files"]] == [("text.jsonl", 64)]
+
+
 def test_a_job_file_brings_its_data_and_its_model_along(service: Up, done: dict[str, Any]) -> None:
     assert (done["status"], done["model"]) == ("succeeded", "local/mine")
     assert done["sat"]["mode"] == "on"
