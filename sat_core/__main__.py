@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sat_core import program
 from sat_core.plan.config import TrainConfig
-from sat_core.plan.errors import PlanError
+from sat_core.plan.errors import PlanError, is_out_of_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,6 @@ def train(folder: Path, config: dict[str, Any], events: EventLog) -> int:
     """Train to the end, or until SIGTERM, after which a checkpoint is written."""
     from sat_core import checkpoint
     from sat_core.parallel import Parallel
-    from sat_core.step import is_out_of_memory
     from sat_core.trainer import Run, Stopped
 
     asked = threading.Event()

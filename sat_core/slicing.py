@@ -15,13 +15,18 @@ Axes: U units of a block, K awake units, R rows of a parameter along the dimensi
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sat_core.optim import plain, store
+from sat_core.plan.errors import PlanError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass
@@ -326,6 +331,26 @@ class SlicedBlock:
             never = part.take(part.spread(never_U), self.asleep_units).to(asleep.device)
             kept = mean.clone() if kept is None else torch.where(never, mean, kept)
         return kept
+
+
+@contextmanager
+def moving() -> Iterator[None]:
+    """Within, lack of memory leaves blocks half moved, so that it is no step to try again but the end of the run.
+
+    Raises:
+        PlanError: with code out_of_memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PlanError(
+            f"Memory ran out while units were put to sleep or woken: {error}. The model in memory is lost, the last "
+            "checkpoint is not. With sat.asleep_on 'host' less is needed.",
+            "sat.asleep_on",
+            "out_of_memory",
+        ) from error
 
 
 def follow(module: nn.Module, path: str) -> tuple[Any, str]:

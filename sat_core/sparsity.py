@@ -32,7 +32,7 @@ from sat_core.plan.quote import probe_passes
 from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE, GPU_WIDTH_MULTIPLE
 from sat_core.probe import Inputs, Probe, Seen
 from sat_core.selection import select
-from sat_core.slicing import SlicedBlock
+from sat_core.slicing import SlicedBlock, moving
 from sat_core.widths import stage_widths
 
 if TYPE_CHECKING:
@@ -197,13 +197,14 @@ class Sparsity:
             {id(b): self._curve(b, probe.seen[id(b)].errors) for b in chosen} if by_errors else {}
         )
         widths = stage_widths(config, chosen, curves, share, self.multiple) if allot_anew else {}
-        churn = {
-            id(b): self._refresh(b, probe.seen[id(b)], widths.get(id(b), b.num_awake), step)
-            for b in chosen
-        }
-        for block in self.blocks:
-            if id(block) not in churn:
-                block.wake(self.optimizer)
+        with moving():
+            churn = {
+                id(b): self._refresh(b, probe.seen[id(b)], widths.get(id(b), b.num_awake), step)
+                for b in chosen
+            }
+            for block in self.blocks:
+                if id(block) not in churn:
+                    block.wake(self.optimizer)
         return Refresh(
             share=share,
             stage_begins=allot_anew,
@@ -231,9 +232,10 @@ class Sparsity:
 
     def wake_all(self) -> None:
         """Back to the dense model."""
-        for block in self.blocks:
-            if block.num_awake < block.num_units:
-                block.wake(self.optimizer)
+        with moving():
+            for block in self.blocks:
+                if block.num_awake < block.num_units:
+                    block.wake(self.optimizer)
         self.bias.clear()
 
     def smoothed(self, block: SlicedBlock, score_U: Tensor) -> Tensor:

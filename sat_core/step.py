@@ -1,7 +1,7 @@
 """One optimizer step: choose who is awake, forward, backward, check, update.
 
 What cannot be is left undone: a loss that is not a number never reaches the weights, and a step for which memory did not
-suffice is made again in smaller pieces, for nothing of it had been kept.
+suffice is made again in smaller pieces, for nothing of it had been kept. Where memory ran out while units moved, the run ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sat_core import progress
 from sat_core.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
 from sat_core.plan.accounting import Cost, Widths, forward_flops, step_flops
-from sat_core.plan.errors import PlanError
+from sat_core.plan.errors import PlanError, is_out_of_memory
 from sat_core.plan.quote import probe_rows
 from sat_core.plan.schedule import learning_rate_at
 from sat_core.progress import StepResult
@@ -247,13 +247,6 @@ class Stepper:
         flops = self.parts.parallel.world * refresh.passes * forward
         result.flops += flops
         self.counters.probe_flops += flops
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Torch tells a CPU's lack of memory by a RuntimeError's words alone."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
-    )
 
 
 def _apart(batches: list[Batch], rows: int) -> list[Batch]:

@@ -28,9 +28,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from sat_core.chat_template import ChatTemplate
 from sat_core.model import load_model
-from sat_core.plan.errors import ConfigError, PlanError
+from sat_core.plan.errors import ConfigError, PlanError, is_out_of_memory
 from sat_core.plan.families import shape_of
-from sat_core.step import is_out_of_memory
 
 if TYPE_CHECKING:
     from pathlib import Path

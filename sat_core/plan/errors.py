@@ -39,3 +39,10 @@ class ModelError(PlanError):
     """A model folder that cannot be loaded, or whose family is not supported."""
 
     code = "model_unsupported"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Torch tells a lack of memory by a RuntimeError's words, on a CPU by nothing else."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sat_core.evaluation import own_text_loss
 from sat_core.loss import token_loss
+from sat_core.slicing import SlicedParameter
 from tests.sat_core.tiny import (
     prepare,
     random_batch,
@@ -216,6 +217,26 @@ def test_memory_that_runs_out_in_a_probe_costs_no_choice(tmp_path: Path) -> None
         events = run(tmp_path, SPARSE)
     assert of_kind(events, "selection")[0]["step"] == 2
     assert of_kind(events, "metrics")[2]["omission_rate_mlp"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_memory_that_runs_out_while_units_move_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, taken = SlicedParameter.take, itertools.count()
+
+    def lacking(part: SlicedParameter, *args: Any) -> torch.Tensor:
+        if next(taken) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return take(part, *args)
+
+    monkeypatch.setattr(SlicedParameter, "take", lacking)
+    last = run(tmp_path, SPARSE, code=20)[-1]
+    assert (last["kind"], last["code"], last["param"]) == (
+        "failed",
+        "out_of_memory",
+        "sat.asleep_on",
+    )
+    assert "while units were put to sleep or woken: CUDA out of memory" in last["message"]
 
 
 def test_a_model_that_computes_no_numbers_at_a_rung_is_told_as_such(tmp_path: Path) -> None:
