@@ -7,8 +7,9 @@ where it is seen.
 
 What a width would cost is estimated to second order by the diagonal of the empirical Fisher matrix (Theis et al. 2018,
 arXiv 1801.05787): with a factor m_u = 1 on each unit's output and d_tu = dL / dm_u at token t, the loss rises by about
-sum_u sum_t d_tu^2 / 2 over the units that sleep. Only where ranks hold slices of the model is it the local error instead:
-the squared share of the residual stream that would go missing, which a forward alone can see.
+sum_u sum_t d_tu^2 / 2 over the units that sleep. Where ranks hold slices of the model, or the batch has no label, it is
+the local error instead: the squared share of the residual stream that would go missing, which a forward alone can see.
+A metric that needs the gradient then keeps the last scores; before there are any, `activation` stands in for it.
 
 Axes: B sequences, T valid tokens, H hidden, I inner values of a piece (values of a unit follow each other), U units of a
 block, J rates of the grid.
@@ -65,7 +66,7 @@ class Subject(Protocol):
     def layer(self, index: int) -> nn.Module: ...  # noqa: D102
     def dense_forward(self) -> AbstractContextManager[None]: ...  # noqa: D102
     def dense_model(self) -> AbstractContextManager[None]: ...  # noqa: D102
-    def smoothed(self, block: SlicedBlock, score_U: Tensor) -> Tensor: ...  # noqa: D102
+    def smoothed(self, block: SlicedBlock, seen: Seen) -> Tensor: ...  # noqa: D102
     def grid(self, block: SlicedBlock) -> list[int]: ...  # noqa: D102
 
 
@@ -75,12 +76,14 @@ class Seen:
 
     Attributes:
         score_U: raw score, float32.
+        stands_in: whether it is there for want of a label, not by the metric.
         missing_JT: squared norm of what would go missing at each rate of the grid, per token, until the layer ends.
         errors: what each rate of the grid would cost; empty where it was not asked.
         mean_I: mean inner values, for compensation.
     """
 
     score_U: Tensor
+    stands_in: bool = False
     missing_JT: Tensor | None = None
     errors: tuple[float, ...] = ()
     mean_I: Tensor | None = None
@@ -126,6 +129,11 @@ class Probe:
             self.seen.clear()
             self._pieces.clear()
             self._run_forward(inputs)
+
+    @property
+    def graded(self) -> bool:
+        """Whether a gradient was seen."""
+        return self.passes > 1
 
     @property
     def finite(self) -> bool:
@@ -181,7 +189,7 @@ class Probe:
             elif self.sparsity.config.metric == "fisher":
                 found.score_U = fisher_U
             if self.with_errors:
-                ranked = self.sparsity.smoothed(block, found.score_U)
+                ranked = self.sparsity.smoothed(block, found)
                 found.errors = self._fisher_errors(block, fisher_U, ranked)
 
         def at_output(_: nn.Module, __: Any, output: Any) -> None:
@@ -226,16 +234,17 @@ class Probe:
     def _look(self, block: SlicedBlock, pieces: list[Piece]) -> None:
         if id(block) in self.seen:
             return  # seen before: gradient checkpointing computes it again
-        found = Seen(self._score(block, pieces, self._inputs.pop(id(block))))
         config = self.sparsity.config
-        if self.passes > 1:
+        stands_in = config.metric in GRADIENT_METRICS and not self.graded
+        found = Seen(self._score(block, pieces, self._inputs.pop(id(block))), stands_in)
+        if self.graded:
             self._pieces[id(block)] = [
                 p._replace(inner_tI=p.inner_tI.detach(), out_IH=p.out_IH.detach()) for p in pieces
             ]
         if config.compensation:
             found.mean_I = torch.cat([p.inner_tI.float().mean(0) for p in pieces])
-        if self.with_errors and self.passes == 1:
-            ranked = self.sparsity.smoothed(block, found.score_U)
+        if self.with_errors and not self.graded:
+            ranked = self.sparsity.smoothed(block, found)
             found.missing_JT = self._missing(block, pieces, ranked)
         self.seen[id(block)] = found
 
@@ -244,7 +253,11 @@ class Probe:
         metric, units, kind = config.metric, block.num_units, block.kind
         num_tokens = len(input_TH)
         if metric in GRADIENT_METRICS:
-            return torch.zeros(units, device=input_TH.device)  # until the backward passes
+            if self.graded:
+                return torch.zeros(units, device=input_TH.device)  # until the backward passes
+            if block.score_U is not None:
+                return block.score_U
+            metric = "activation"
         if metric in ("activation", "fluctuation"):
             score = getattr(importance, metric)
             inner_I = torch.cat([score(p.inner_tI, p.out_IH, num_tokens) for p in pieces])

@@ -26,7 +26,7 @@ from sat_core.blocks import Anatomy, attention_block, mlp_block
 from sat_core.parallel import Parallel
 from sat_core.pieces import out_rows, probe_grid, weight_score
 from sat_core.plan.accounting import Widths, unit_cost
-from sat_core.plan.config import SatConfig
+from sat_core.plan.config import GRADIENT_METRICS, SatConfig
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.quote import probe_passes
 from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE, GPU_WIDTH_MULTIPLE
@@ -189,7 +189,7 @@ class Sparsity:
             for b in chosen:
                 score = weight_score(b, config.metric, seed=config.seed, step=step)
                 probe.seen[id(b)] = Seen(score)
-        if not probe.finite:
+        if self.parallel.any(not probe.finite):
             # The model no longer computes numbers: dense, where the guard of the step will see it too.
             self.finish_dense()
             share, chosen, by_errors = 0.0, [], False
@@ -238,11 +238,11 @@ class Sparsity:
                     block.wake(self.optimizer)
         self.bias.clear()
 
-    def smoothed(self, block: SlicedBlock, score_U: Tensor) -> Tensor:
-        """The score with the older ones' weight in it."""
-        if self.config.ema == 0 or block.score_U is None:
-            return score_U
-        return self.config.ema * block.score_U + (1 - self.config.ema) * score_U
+    def smoothed(self, block: SlicedBlock, seen: Seen) -> Tensor:
+        """The score with the older ones' weight in it; alone where it is of another kind."""
+        if self.config.ema == 0 or block.score_U is None or seen.stands_in:
+            return seen.score_U
+        return self.config.ema * block.score_U + (1 - self.config.ema) * seen.score_U
 
     def grid(self, block: SlicedBlock) -> list[int]:
         """Widths at which the probe measures the block."""
@@ -322,21 +322,28 @@ class Sparsity:
         return state
 
     def _agree(self, probe: Probe) -> None:
-        """Every rank looked at its own sequences; all choose by the mean."""
+        """Every rank looked at its own sequences; all choose by the mean: of what a gradient tells, over ranks with a label."""
         if self.parallel.world == 1:
             return
+        even = 1 / self.parallel.world
+        graded = int(self.parallel.sum(torch.tensor(int(probe.graded))))
+        weight = probe.graded / graded if graded else even
+        by_gradient = self.config.metric in GRADIENT_METRICS
         for seen in probe.seen.values():
-            seen.score_U = self.parallel.mean(seen.score_U)
-            seen.errors = tuple(self.parallel.mean(torch.tensor(seen.errors)).tolist())
+            seen.score_U = self.parallel.sum(seen.score_U * (weight if by_gradient else even))
+            seen.errors = tuple(self.parallel.sum(torch.tensor(seen.errors) * weight).tolist())
+            seen.stands_in = seen.stands_in and not graded
             if seen.mean_I is not None:
                 seen.mean_I = self.parallel.mean(seen.mean_I)
 
     def _refresh(self, block: SlicedBlock, seen: Seen, width: int, step: int) -> float:
         """Choose `width` units of the block; the share of them that slept before."""
         config = self.config
-        block.score_U = self.smoothed(block, seen.score_U)
+        score_U = self.smoothed(block, seen)
+        if not seen.stands_in:
+            block.score_U = score_U
         awake_K = select(
-            block.score_U,
+            score_U,
             width,
             selector=config.selector,
             temperature=config.temperature,

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sat_core.allotment import GRID, Curve, allot
+from sat_core.corpus import IGNORED_LABEL
 from sat_core.loss import token_loss
 from sat_core.plan.accounting import Cost, step_flops
 from sat_core.plan.config import Metric
@@ -99,6 +100,27 @@ def test_gradient_scores_are_those_of_a_factor_on_every_unit() -> None:
     torch.testing.assert_close(taylor, effect.sum(0).abs().float(), rtol=1e-5, atol=1e-7)
     wanted = (effect.square().sum(0) / (2 * labels)).float()
     torch.testing.assert_close(fisher, wanted, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["taylor", "fisher"])
+def test_without_a_label_the_last_scores_stand(metric: Any) -> None:
+    batch = random_batch(0)
+    unlabelled = batch._replace(labels_BT=torch.full_like(batch.labels_BT, IGNORED_LABEL))
+
+    def choose(*batches: Any, **settings: Any) -> Any:
+        settings = {"attention_rate": 0.0, "allotment": "sensitivity", "ema": 0.5, **settings}
+        sparsity = sparsity_of(tiny_model(), **settings)
+        for step, each in enumerate(batches):
+            report = sparsity.choose(step, each)
+        return report.errors, sparsity.mlp[1].awake_K.tolist(), sparsity.mlp[1].score_U
+
+    first, by_activation = choose(unlabelled, metric=metric), choose(unlabelled)
+    assert first[:2] == by_activation[:2]
+    assert first[2] is None
+    graded, then = choose(batch, metric=metric), choose(batch, unlabelled, metric=metric)
+    assert torch.equal(graded[2], then[2])
+    assert torch.equal(graded[2], choose(unlabelled, batch, metric=metric)[2])
+    assert all(errors[-1][1] > 0 for errors in then[0].values())
 
 
 def test_taylor_is_the_weights_times_their_gradients() -> None:
