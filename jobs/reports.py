@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from jobs.library import record_of
 from jobs.models import AttemptRow, EventRow, MetricRow
-from jobs.reads import find_job, job_record
+from jobs.reads import find_job, job_exists, job_record
 from jobs.spec import JobRecord
 from jobs.transactions import Transactions
 
@@ -67,15 +68,25 @@ class Reports(Transactions):
             attempts = session.scalars(
                 select(AttemptRow).where(AttemptRow.job_id == job_id).order_by(AttemptRow.attempt)
             )
-            told = session.scalars(
-                select(EventRow.data)
-                .where(EventRow.job_id == job_id, EventRow.kind == "selection")
-                .order_by(EventRow.seq)
-            )
             return RunRecord(
                 job=job_record(row),
                 quote=row.quote,
                 measured=Measured(seconds=seconds, flops=flops, memory_bytes=memory),
                 attempts=tuple(record_of(AttemptRecord, row) for row in attempts),
-                selections=tuple(data for data in told if data),
+                selections=_selections(session, job_id),
             )
+
+    def selections(self, project: str, job_id: str) -> tuple[dict[str, Any], ...]:
+        """The choices of a job where a stage of its ladder began, in order. Raises NotFound."""
+        with self.reading() as session:
+            job_exists(session, project, job_id)
+            return _selections(session, job_id)
+
+
+def _selections(session: Session, job_id: str) -> tuple[dict[str, Any], ...]:
+    told = session.scalars(
+        select(EventRow.data)
+        .where(EventRow.job_id == job_id, EventRow.kind == "selection")
+        .order_by(EventRow.seq)
+    )
+    return tuple(data for data in told if data)

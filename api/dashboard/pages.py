@@ -168,8 +168,35 @@ def _job_values(app: Services, job: JobRecord) -> dict[str, Any]:
             for name in ("training_file", "validation_file")
         },
         "events": events.items,
+        "layers": _layers(app.store.selections(job.project, job.id)),
         "requested": json.dumps(asked, indent=2),
         "resolved": json.dumps(job.config, indent=2) if job.config else None,
+    }
+
+
+def _layers(selections: tuple[dict[str, Any], ...]) -> dict[str, Any] | None:
+    """Who is awake in each layer where most sleep, and what the sleep of so many was measured to cost there."""
+    if not selections:
+        return None
+    chosen = max(selections, key=lambda one: (one["share"], one["step"]))
+    costs: dict[tuple[str, int], tuple[float, float]] = {}
+    for entry in chosen["errors"]:
+        block = entry["kind"], entry["layer"]
+        costs[block] = max(costs.get(block, (0.0, 0.0)), (entry["rate"], entry["error"]))
+    rows: dict[int, dict[str, Any]] = {}
+    for block in chosen["blocks"]:
+        rate, cost = costs.get((block["kind"], block["layer"]), (None, None))
+        rows.setdefault(block["layer"], {})[block["kind"]] = {
+            "awake": block["awake_share"],
+            "rate": rate,
+            "cost": cost,
+        }
+    return {
+        "step": chosen["step"],
+        "share": chosen["share"],
+        "rows": sorted(rows.items()),
+        "kinds": [k for k in ("mlp", "attention") if any(k in r for r in rows.values())],
+        "highest": max((cost for _, cost in costs.values()), default=None),
     }
 
 

@@ -87,6 +87,41 @@ def test_list_and_pages_of_every_kind_are_clean(seen, app):
         seen.check()
 
 
+def test_a_job_shows_which_layers_sleep_and_what_their_sleep_costs(seen, app):
+    services = app.state.services
+    job = new_job(services)
+    claim = train_job(services, steps=12, total=40)
+    blocks = [
+        {"kind": kind, "layer": layer, "awake_share": awake, "coverage": 1.0}
+        for layer, shares in enumerate([(0.9, 1.0), (0.1, 0.5)])
+        for kind, awake in zip(("mlp", "attention"), shares, strict=True)
+    ]
+    errors = [
+        {
+            "kind": b["kind"],
+            "layer": b["layer"],
+            "rate": rate,
+            "error": rate / 10 / (1 + b["layer"]),
+        }
+        for b in blocks
+        for rate in (0.25, 0.5)
+    ]
+    told = {"seq": 9000, "time": 1.0, "kind": "selection", "step": 3, "stage_begins": True}
+    told |= {"share": 1.0, "dense_loss": 2.0, "sparse_loss": 2.1, "gap": 0.1, "seconds": 0.1}
+    told |= {"errors": errors, "blocks": blocks}
+    dense = {**told, "step": 30, "share": 0.0, "errors": []}
+    dense["blocks"] = [{**b, "awake_share": 1.0} for b in blocks]
+    services.store.record(claim, [told, dense], run="runs/x/2", read_position=2)
+    seen.open(f"/jobs/{job}")
+    cells = seen.page.locator("#layers tbody tr").all_inner_texts()
+    assert [" ".join(row.split()) for row in cells] == [
+        "0 90 % 0.05 at 50 % 100 % 0.05 at 50 %",
+        "1 10 % 0.025 at 50 % 50 % 0.025 at 50 %",
+    ]
+    seen.page.set_viewport_size({"width": 400, "height": 800})
+    seen.check()
+
+
 def test_the_reference_is_clean(seen):
     seen.open("/docs")
     for name in ("createFineTuningJob", "object-FineTuningJob"):
