@@ -38,7 +38,7 @@ _KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(PlanError):
-    """A checkpoint that is incomplete, altered, or of another format."""
+    """A checkpoint that is incomplete or altered."""
 
     code = "no_checkpoint"
 
@@ -156,8 +156,17 @@ def verify(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: naming the first file that is not as it was written.
+        PlanError: with code checkpoint_unsupported, for another format version.
     """
     try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
+        # Before the manifest, which may be of another form there.
+        if (found := state.get("format")) != CHECKPOINT_FORMAT:
+            raise PlanError(
+                f"{folder.name} has format {found!r}; this program reads {CHECKPOINT_FORMAT!r}. Go on with the release "
+                "that wrote it, or start anew.",
+                code="checkpoint_unsupported",
+            )
         manifest = json.loads((folder / "MANIFEST.json").read_text("utf-8"))
         for name, wanted in manifest.items():
             path = folder / name
@@ -168,20 +177,19 @@ def verify(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{folder.name}/optimizer/{path.name} is not in the manifest."
                 )
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
+    except PlanError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{folder.name} is incomplete: {error}.") from error
-    if state.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{folder.name} has format {state.get('format')!r}; this program reads {CHECKPOINT_FORMAT!r}."
-        )
     return state
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """`folder`, or the newest older checkpoint beside it that verifies; and what was wrong with those passed over."""
+    """`folder`, or the newest older checkpoint beside it that verifies; and what was wrong with those passed over.
+
+    Raises:
+        PlanError: for one of another format version, which is nothing to pass over.
+    """
     wrong = []
     older = [p for p in in_order(folder.parent) if step_of(p) < step_of(folder)]
     for candidate in [folder, *reversed(older)]:

@@ -146,6 +146,24 @@ def test_a_resume_without_one_whole_checkpoint_starts_anew_and_says_so(
     same_model(root / "whole", again)
 
 
+def test_a_checkpoint_of_an_unknown_version_is_refused(
+    sparse: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    root, prepared = sparse
+    shutil.copytree(root / "whole" / "checkpoints", tmp_path / "checkpoints")
+    newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, "format": "satune.checkpoint/9"}))
+    again = start(tmp_path / "2", prepared, resume_from=str(newest))
+    assert run_core("train", again) == 20
+    last = read_events(again)[-1]
+    assert (last["kind"], last["code"]) == ("failed", "checkpoint_unsupported")
+    assert (
+        "has format 'satune.checkpoint/9'; this program reads 'satune.checkpoint/1'"
+        in last["message"]
+    )
+
+
 def test_the_result_is_a_plain_model_with_a_card(sparse: tuple[Path, dict[str, Any]]) -> None:
     folder = sparse[0] / "whole" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
