@@ -9,17 +9,17 @@ not taken is a check when the URL is registered: what a name resolves to is know
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 from standardwebhooks import Webhook
 
+# From connecting to the end of the answer; how long a name is looked up is the resolver's to bound.
 TOTAL_SECONDS = 15.0
 READ_BYTES = 16 * 1024
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -55,16 +55,7 @@ class Courier:
 
     def __init__(self, networks: Sequence[str] = ()) -> None:
         self._networks = tuple(networks)
-        self._http = httpx.Client(
-            follow_redirects=False,
-            trust_env=False,
-            timeout=httpx.Timeout(10, connect=5, pool=5),
-            # A connection is known by its address, so one kept open would carry another host's events past the check of
-            # its certificate; and receivers of several projects share no cookies.
-            limits=httpx.Limits(max_keepalive_connections=0),
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-            headers={"user-agent": "Satune-Webhooks/1"},
-        )
+        self._tls = httpx.create_ssl_context(trust_env=False)
 
     def send(self, url: str, secrets: Sequence[str], event_id: str, body: str) -> Outcome:
         """One try; never raises for what the receiver does."""
@@ -72,40 +63,49 @@ class Courier:
             address = self._resolve(url)
         except (UrlNotAllowedError, OSError) as error:
             return Outcome(status=None, error=f"{error}"[:500])
+        headers = _signed(secrets, event_id, body)
         try:
-            return self._post(url, address, _signed(secrets, event_id, body), body)
+            # A blocking client's limits begin anew at each byte, so a receiver that sends one now and then would keep it;
+            # what is awaited can be ended.
+            return asyncio.run(self._post(url, address, headers, body))
         except httpx.HTTPError as error:
             return Outcome(status=None, error=f"{type(error).__name__}: {error}"[:500])
 
-    def close(self) -> None:
-        """Give connections back."""
-        self._http.close()
-
-    def _post(self, url: str, address: Address, headers: dict[str, str], body: str) -> Outcome:
+    async def _post(
+        self, url: str, address: Address, headers: dict[str, str], body: str
+    ) -> Outcome:
         parsed = httpx.URL(url)
-        deadline, read = time.monotonic() + TOTAL_SECONDS, 0
         host = parsed.netloc.decode("ascii").rpartition("@")[2]
-        with self._http.stream(
-            "POST",
-            parsed.copy_with(host=str(address)),
-            content=body.encode(),
-            headers={"host": host, "content-type": "application/json", **headers},
-            extensions={"sni_hostname": parsed.host},
-        ) as response:
-            for chunk in response.iter_raw():
-                read += len(chunk)
-                if read > READ_BYTES or time.monotonic() > deadline:
-                    break
-            status = response.status_code
-            if response.is_success:
-                return Outcome(status=status, error=None)
-            wait = response.headers.get("retry-after", "")
-            return Outcome(
-                status=status,
-                error=f"The receiver answered {status}",
-                # isdigit alone also holds for digits such as a superscript two, which are no number.
-                retry_after_seconds=float(wait) if wait.isascii() and wait.isdigit() else 0.0,
-            )
+        outcome, read = None, 0
+        try:
+            async with (
+                asyncio.timeout(TOTAL_SECONDS),
+                # One for each delivery: a connection is known by its address, so one kept open would carry another
+                # host's events past the check of its certificate; and receivers of several projects share no cookies.
+                httpx.AsyncClient(
+                    follow_redirects=False,
+                    trust_env=False,
+                    verify=self._tls,
+                    timeout=httpx.Timeout(10, connect=5),
+                    headers={"user-agent": "Satune-Webhooks/1"},
+                ) as http,
+                http.stream(
+                    "POST",
+                    parsed.copy_with(host=str(address)),
+                    content=body.encode(),
+                    headers={"host": host, "content-type": "application/json", **headers},
+                    extensions={"sni_hostname": parsed.host},
+                ) as response,
+            ):
+                outcome = _judged(response)
+                async for chunk in response.aiter_raw():
+                    read += len(chunk)
+                    if read > READ_BYTES:
+                        break
+        except TimeoutError:
+            late = f"The receiver did not answer within {TOTAL_SECONDS:g} s"
+            return outcome or Outcome(status=None, error=late)
+        return outcome
 
     def _resolve(self, url: str) -> Address:
         """The address to connect to. One that is not allowed refuses them all."""
@@ -155,6 +155,18 @@ def _meant(address: Address) -> Address:
     if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour or address
+
+
+def _judged(response: httpx.Response) -> Outcome:
+    if response.is_success:
+        return Outcome(status=response.status_code, error=None)
+    wait = response.headers.get("retry-after", "")
+    return Outcome(
+        status=response.status_code,
+        error=f"The receiver answered {response.status_code}",
+        # isdigit alone also holds for digits such as a superscript two, which are no number.
+        retry_after_seconds=float(wait) if wait.isascii() and wait.isdigit() else 0.0,
+    )
 
 
 def _signed(secrets: Sequence[str], event_id: str, body: str) -> dict[str, str]:

@@ -72,4 +72,3 @@ class Postman:
                 log.exception("A round of webhooks broke")
             if sent < AT_ONCE:
                 self.stopping.wait(self.settings.sweep_seconds)
-        self._courier.close()

@@ -159,10 +159,7 @@ def _send_test(app: Services, project: str, endpoint: str, event_type: str) -> W
     if found is None:
         raise ApiError("webhook_unreachable", f"{endpoint} was deleted meanwhile.")
     courier = Courier(app.settings.webhook_networks)
-    try:
-        outcome = courier.send(*found, delivery.event_id, delivery.body)
-    finally:
-        courier.close()
+    outcome = courier.send(*found, delivery.event_id, delivery.body)
     app.store.end_test_delivery(delivery, outcome.status, outcome.error)
     if outcome.status is None:
         raise ApiError("webhook_unreachable", f"{found[0]} was not reached: {outcome.error}.")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import openai
 import pytest
 
 from api.app import create_app
-from tests.worker.test_postman import LOOPBACK, Receiver, receiver  # noqa: F401 - a fixture
+from tests.worker.test_postman import (
+    LOOPBACK,
+    Receiver,
+    receiver,  # noqa: F401 - a fixture
+    trickling,
+)
 
 from .conftest import KEY, create, upload
 from .serving import served
@@ -55,6 +61,21 @@ def test_the_client_of_openai_manages_endpoints(
             sdk.webhooks.test(made.id, event_type="fine_tuning.job.failed")
         assert away.value.code == "webhook_unreachable"
         assert sdk.webhooks.delete(made.id).deleted
+
+
+def test_a_test_of_a_receiver_that_trickles_ends(settings: Settings, monkeypatch) -> None:
+    monkeypatch.setattr("jobs.courier.TOTAL_SECONDS", 0.5)
+    app = create_app(settings.model_copy(update={"webhook_networks": LOOPBACK}))
+    with (
+        served(app) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as sdk,
+        trickling(b"HTTP/1.1 200 OK\r\nx: ") as url,
+    ):
+        made = sdk.webhooks.create(name="w", url=url, event_types=["fine_tuning.job.failed"])
+        began = time.monotonic()
+        with pytest.raises(openai.BadRequestError, match=r"did not answer within 0\.5 s"):
+            sdk.webhooks.test(made.id, event_type="fine_tuning.job.failed")
+        assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize(

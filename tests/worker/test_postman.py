@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -65,6 +67,26 @@ def receiver() -> Iterator[Receiver]:
     found.server.shutdown()
     found.server.server_close()
     found.thread.join()
+
+
+@contextmanager
+def trickling(head: bytes) -> Iterator[str]:
+    """The address of a receiver that answers `head` at once and then a byte now and then, for some seconds."""
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(head)
+            for _ in range(60):
+                connection.sendall(b"x")
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/hook"
+        thread.join()
 
 
 @pytest.fixture
@@ -201,6 +223,34 @@ def test_a_wait_that_is_no_number_is_not_honoured(
     assert (delivery.response_status, delivery.status) == (503, "pending")
 
 
+@pytest.mark.parametrize(
+    ("head", "status", "said"),
+    [
+        (b"HTTP/1.1 200 OK\r\nx: ", None, "did not answer within 0.5 s"),
+        (b"HTTP/1.1 500 No\r\ncontent-length: 99\r\n\r\n", 500, "answered 500"),
+    ],
+    ids=["in its headers", "in its body"],
+)
+def test_a_receiver_that_trickles_has_no_more_time_than_others(
+    store: Store,
+    postman: Postman,
+    monkeypatch: pytest.MonkeyPatch,
+    head: bytes,
+    status: int | None,
+    said: str,
+) -> None:
+    monkeypatch.setattr("jobs.courier.TOTAL_SECONDS", 0.5)
+    with trickling(head) as url:
+        endpoint = store.create_webhook("default", name="w", url=url, event_types=list(EVENT_TYPES))
+        cancelled(store)
+        began = time.monotonic()
+        assert postman.round() == 1
+        assert time.monotonic() - began < 3
+    (delivery,) = deliveries(store, endpoint)
+    assert (delivery.response_status, delivery.status) == (status, "pending")
+    assert said in (delivery.error or "")
+
+
 def test_two_senders_send_once(store: Store, receiver: Receiver, postman: Postman) -> None:
     register(store, receiver)
     cancelled(store)
@@ -239,7 +289,6 @@ def test_no_address_of_the_inside_is_sent_to(receiver: Receiver, host: str) -> N
     port = receiver.server.server_port
     courier = Courier()
     outcome = courier.send(f"http://{host}:{port}/", ["whsec_" + "A" * 32], "evt_1", "{}")
-    courier.close()
     assert outcome.status is None
     assert "not a public address" in (outcome.error or "")
     assert not receiver.got
@@ -269,4 +318,3 @@ def test_a_name_that_does_not_resolve_and_a_closed_port_are_outcomes(receiver: R
     secret = ["whsec_" + "A" * 32]
     assert courier.send("http://none.invalid/", secret, "e", "{}").error
     assert courier.send("http://127.0.0.1:1/", secret, "e", "{}").error
-    courier.close()
