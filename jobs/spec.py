@@ -314,7 +314,8 @@ class WorkerRecord:
 class Claim:
     """The right to work on a job, good until a newer attempt exists.
 
-    `checkpoints` are newest first; `seconds` were spent on earlier attempts at the same stage.
+    `checkpoints` are newest first; `seconds` were spent on earlier attempts at the same stage, of which `memory_lacks` ended
+    for lack of memory.
     """
 
     job: JobRecord
@@ -323,6 +324,7 @@ class Claim:
     worker_id: str
     checkpoints: tuple[CheckpointRecord, ...] = ()
     seconds: float = 0.0
+    memory_lacks: int = 0
 
     @property
     def job_id(self) -> str:

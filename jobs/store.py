@@ -40,6 +40,8 @@ from jobs.waiting import Waiting
 from jobs.webhooks import Webhooks
 from jobs.wishes import Wishes
 
+# How an attempt ended that the next one makes with a smaller micro-batch.
+LACKED_MEMORY = "out_of_memory"
 _PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 
 
@@ -140,16 +142,20 @@ class Store(
                 .order_by(CheckpointRow.step.desc())
             )
             checkpoints = tuple(record_of(CheckpointRecord, c) for c in found)
-            spent = select(func.sum(AttemptRow.ended_at - AttemptRow.started_at)).where(
-                AttemptRow.job_id == row.id, AttemptRow.stage == stage
-            )
+            spent, lacks = session.execute(
+                select(
+                    func.sum(AttemptRow.ended_at - AttemptRow.started_at),
+                    func.count().filter(AttemptRow.outcome == LACKED_MEMORY),
+                ).where(AttemptRow.job_id == row.id, AttemptRow.stage == stage)
+            ).one()
             return Claim(
                 job=job_record(row),
                 attempt=row.attempt,
                 stage=stage,
                 worker_id=worker_id,
                 checkpoints=checkpoints,
-                seconds=session.scalar(spent) or 0.0,
+                seconds=spent or 0.0,
+                memory_lacks=lacks,
             )
 
     def heartbeat(self, claim: Claim) -> Desired:
@@ -262,12 +268,18 @@ class Store(
             give_back(session, row, claim.stage, reason, level="info")
 
     def crash(
-        self, claim: Claim, error: dict[str, Any], *, max_failures: int, retry_seconds: float
+        self,
+        claim: Claim,
+        error: dict[str, Any],
+        *,
+        max_failures: int,
+        retry_seconds: float,
+        outcome: str = "crashed",
     ) -> None:
         """A run died without a reason of the user's: try again, a counted number of times. Raises LeaseLost."""
         with self.writing() as session:
             row = self._fenced(session, claim)
-            self._end_attempt(session, claim, "crashed")
+            self._end_attempt(session, claim, outcome)
             count_failure(
                 session,
                 row,

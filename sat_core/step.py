@@ -137,9 +137,15 @@ class Stepper:
         config, counters = self.config, self.counters
         indices = self.corpus.indices_at(counters.step, config.batch_size, config.seed)
         mine = self.parts.parallel.share(indices)
-        size = counters.micro_batch_size or config.micro_batch_size
+        size = self._micro_batch_size
         device = self.parts.device
         return [self.corpus.batch(mine[i : i + size], device) for i in range(0, len(mine), size)]
+
+    @property
+    def _micro_batch_size(self) -> int:
+        """What memory has held so far; a run that goes on may be given less than its checkpoint says."""
+        configured = self.config.micro_batch_size
+        return min(self.counters.micro_batch_size or configured, configured)
 
     def _gradients(self, batches: list[Batch]) -> StepResult:
         """Forward and backward of all micro-batches, summed over ranks and clipped."""
@@ -222,12 +228,19 @@ class Stepper:
         Raises:
             PlanError: with code out_of_memory, where it cannot be less.
         """
-        size = self.counters.micro_batch_size or self.config.micro_batch_size
-        if size == 1 or self.parts.parallel.world > 1:
+        size = self._micro_batch_size
+        if size == 1:
             raise PlanError(
                 f"Memory does not hold a micro-batch of {size}: {lack}. "
                 "Lower sat.train.max_seq_len, or set sat.train.gradient_checkpointing.",
                 "sat.train.max_seq_len",
+                "out_of_memory",
+            )
+        if self.parts.parallel.world > 1:
+            # The other ranks are in the middle of the step that this one cannot make.
+            raise PlanError(
+                f"Memory does not hold a micro-batch of {size} on every rank: {lack}.",
+                "sat.train.micro_batch_size",
                 "out_of_memory",
             )
         self.parts.optimizer.zero_grad(set_to_none=True)

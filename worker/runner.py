@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from jobs.names import result_name
 from jobs.settings import Settings
 from jobs.spec import Claim, NewFile, new_id
 from jobs.states import Desired, Stage
-from jobs.store import Store
+from jobs.store import LACKED_MEMORY, Store
 from worker.child import Child
 from worker.energy import Meter
 from worker.inputs import PREPARE_FORMAT, Inputs
@@ -62,6 +64,7 @@ class Runner:
         # Set once the run has had all the time that it may take.
         self._over_time = False
         self._spoke_at = self._beat_at = time.monotonic()
+        self._kills_before = memory_kills()
 
     def run(self) -> None:
         """Work on the claim to its end, whatever that is."""
@@ -92,7 +95,11 @@ class Runner:
         if self.claim.stage is Stage.TRAIN:
             whole = (self.artifacts.absolute(c.path) for c in self.claim.checkpoints)
             newest = next((path for path in whole if path.is_dir()), None)
-            return {**(job.config or {}), "resume_from": str(newest) if newest else None}
+            return {
+                **(job.config or {}),
+                "micro_batch_size": self._micro_batch_size,
+                "resume_from": str(newest) if newest else None,
+            }
         files = {"training_file": job.training_file, "validation_file": job.validation_file}
         mix = job.request["sat"]["data"]["mix"]
         inputs = Inputs(self.store, self.artifacts, job.project)
@@ -179,6 +186,8 @@ class Runner:
             self.store.finish_prepare(self.claim, self._prepared())
         elif code == DONE and self.result:
             self._publish(self.result)
+        elif self._lacks_memory(code):
+            self._try_smaller(code)
         elif code == FAILED and self.failure:
             self.store.fail(self.claim, self.failure)
         elif self._over_time:
@@ -201,6 +210,40 @@ class Runner:
                 max_failures=self.settings.max_failures,
                 retry_seconds=self.settings.retry_seconds,
             )
+
+    @property
+    def _micro_batch_size(self) -> int:
+        """Sequences in a forward: half as many for each attempt that ended for lack of memory."""
+        asked = int((self.claim.job.config or {}).get("micro_batch_size", 1))
+        return max(1, asked >> self.claim.memory_lacks)
+
+    def _lacks_memory(self, code: int) -> bool:
+        """Whether it ended for lack of memory and would take less with a smaller micro-batch.
+
+        A kernel says so by SIGKILL and counts it. A run that has come down to single sequences names max_seq_len.
+        """
+        if self.claim.stage is not Stage.TRAIN or self._micro_batch_size == 1:
+            return False
+        if code == FAILED and self.failure is not None:
+            hopeless = self.failure["param"] == "sat.train.max_seq_len"
+            return self.failure["code"] == LACKED_MEMORY and not hopeless
+        return code == -signal.SIGKILL and memory_kills() > self._kills_before
+
+    def _try_smaller(self, code: int) -> None:
+        """From the newest checkpoint, with the same global batch. It ends: a micro-batch can be halved so often."""
+        less = self._micro_batch_size // 2
+        why = (
+            self.failure["message"] if code == FAILED and self.failure else "The kernel killed it."
+        )
+        message = f"Memory did not suffice. {why} The next attempt makes micro-batches of {less}"
+        error = {"code": LACKED_MEMORY, "message": message, "param": "sat.train.micro_batch_size"}
+        self.store.crash(
+            self.claim,
+            error,
+            max_failures=self.settings.max_failures + self.claim.memory_lacks + 1,
+            retry_seconds=self.settings.retry_seconds,
+            outcome=LACKED_MEMORY,
+        )
 
     @property
     def _max_seconds(self) -> int | None:
@@ -262,3 +305,13 @@ class Runner:
             sha256=digest.hexdigest(),
             format="csv",
         )
+
+
+def memory_kills() -> int:
+    """Processes that this machine's kernel has killed for lack of memory; 0 where it does not tell."""
+    try:
+        counters = Path("/proc/vmstat").read_text("utf-8")
+    except FileNotFoundError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)$", counters, re.MULTILINE)
+    return int(found[1]) if found else 0

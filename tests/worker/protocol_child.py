@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 folder = Path(sys.argv[2])
-behaviour = json.loads((folder / "config.json").read_text())["behaviour"]
+config = json.loads((folder / "config.json").read_text())
+behaviour = config["behaviour"]
 if behaviour == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:
@@ -43,6 +44,11 @@ if behaviour in ("hang", "deaf", "checkpoint"):
     time.sleep(60)
 if behaviour == "refuse":
     emit("failed", code="dataset_invalid", message="the data are bad", param=None)
+    sys.exit(20)
+if behaviour == "lack":
+    single = config["micro_batch_size"] == 1
+    param = "sat.train.max_seq_len" if single else "sat.asleep_on"
+    emit("failed", code="out_of_memory", message="Memory ran out.", param=param)
     sys.exit(20)
 if behaviour == "crash":
     sys.stderr.write("something broke\n")

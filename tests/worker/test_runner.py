@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jobs.artifacts import Artifacts
 from jobs.queue import NullBell
 from jobs.settings import Settings
 from jobs.spec import Claim, NewFile, NewJob
@@ -29,7 +30,11 @@ PREPARED = {"config": {}, "hyperparameters": {}, "figures": {}, "total_steps": 3
 
 
 def claim_for(
-    store: Store, settings: Settings, behaviour: str, request: dict[str, Any] = RUN
+    store: Store,
+    settings: Settings,
+    behaviour: str,
+    request: dict[str, Any] = RUN,
+    **config: Any,
 ) -> Claim:
     """A claimed training job whose child will behave so."""
     store.add_file(
@@ -39,7 +44,7 @@ def claim_for(
     store.create_job("default", new)
     prepare = store.claim("w", Stage.PREPARE)
     assert prepare is not None
-    store.finish_prepare(prepare, {**PREPARED, "config": {"behaviour": behaviour}})
+    store.finish_prepare(prepare, {**PREPARED, "config": {"behaviour": behaviour, **config}})
     claim = store.claim("w", Stage.TRAIN)
     assert claim is not None
     return claim
@@ -80,6 +85,26 @@ def test_each_end_of_a_child_is_written_down(
     columns, rows, _ = store.metrics("default", claim.job_id)
     assert [row[columns.index("step")] for row in rows] == [1, 2, 3]
     assert job.failures == (status == "queued")
+
+
+def test_a_run_that_lacks_memory_goes_on_with_smaller_micro_batches(
+    store: Store, quick: Settings
+) -> None:
+    claim: Claim | None = claim_for(store, quick, "lack", micro_batch_size=8)
+    sizes = []
+    while claim is not None:
+        run(store, quick, claim)
+        folder = Artifacts.from_settings(quick).run(claim.job_id, claim.attempt)
+        sizes.append(json.loads((folder / "config.json").read_text())["micro_batch_size"])
+        job = store.get_job("default", claim.job_id)
+        time.sleep(quick.retry_seconds * 8)
+        claim = store.claim("w", Stage.TRAIN)
+    assert sizes == [8, 4, 2, 1]
+    assert (job.status, job.failures) == ("failed", 3)
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("out_of_memory", "sat.train.max_seq_len")
+    told = [e.message for e in store.events("default", job.id, limit=50).items]
+    assert sum("The next attempt makes micro-batches of" in message for message in told) == 3
 
 
 def test_the_model_is_moved_out_of_the_run_folder(store: Store, quick: Settings) -> None:
