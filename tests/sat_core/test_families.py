@@ -30,6 +30,7 @@ COLUMNS = (
     "backward fp32",
     "update fp64",
     "save, load",
+    "rate 0, stock",
 )
 Table = dict[tuple[str, int], dict[str, float]]
 
@@ -134,6 +135,43 @@ def test_a_narrowed_model_is_saved_dense_and_loads_to_equal_logits(
         logits = loaded(input_ids=batch.input_ids_BT).logits
     note(table, case, "save, load", float((logits - expected).abs().max()))
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_at_rate_0_training_is_the_stock_models_bit_for_bit(
+    case: tuple[str, int], table: Table
+) -> None:
+    name, kv_heads = case
+    ours = tiny_model(name, kv_heads=kv_heads)
+    theirs = copy.deepcopy(ours)
+    optimizer, other = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (ours, theirs))
+    sparsity = sparsity_of(ours, optimizer, mlp_rate=0.0, attention_rate=0.0)
+    for step in range(3):
+        batch = random_batch(step)
+        sparsity.begin_step(step, batch)
+        for model, its in ((ours, optimizer), (theirs, other)):
+            its.zero_grad()
+            model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss.backward()
+            its.step()
+    pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
+    apart = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    note(table, case, "rate 0, stock", apart)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_narrowed_whatever_kernel_multiplies_them(
+    name: str, implementation: str
+) -> None:
+    model = tiny_model(name)
+    model.set_experts_implementation(implementation)
+    batch = random_batch(1)
+    sparsity, twin = narrowed_and_masked(model, torch.float32)
+    found = token_loss(sparsity.model, batch)
+    expected = masked_loss(twin, masks_of(sparsity), batch)
+    assert sparsity.realised_rates()[0] == 0.5
+    assert difference(found.total.detach() / found.labels, expected.detach()) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -34,7 +34,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "attention_dropout": 0.0},
     "falcon": {
         "ffn_hidden_size": 48,
-        "new_decoder_architecture": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     },
@@ -64,7 +63,8 @@ def tiny_model(
     if model_type in WITH_KV_HEADS:
         own |= {"num_key_value_heads": kv_heads, "head_dim": 8}
     if model_type == "falcon":
-        own |= {"num_kv_heads": kv_heads}
+        # One KV head is Falcon 7B's layout, more are that of the larger ones.
+        own |= {"num_kv_heads": kv_heads, "new_decoder_architecture": kv_heads > 1}
     config = AutoConfig.for_model(model_type, **{**own, "tie_word_embeddings": tied, **extra})
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention_implementation(config), dtype=torch.float32
