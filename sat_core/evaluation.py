@@ -44,11 +44,13 @@ class HeldOut:
 class Measures:
     """Before and after, as far as they are known; part of every checkpoint.
 
-    `own_text` is what the base model wrote, token ids of equal length; its losses are in nats a token.
+    `own_text` is what the base model wrote, token ids of equal length; its losses are in nats a token. `last_step` is
+    the step after which all that is held out was last gone through.
     """
 
     first: HeldOut | None = None
     last: HeldOut | None = None
+    last_step: int | None = None
     own_text: list[list[int]] = field(default_factory=list)
     forgetting_before: float | None = None
     forgetting_after: float | None = None
@@ -109,13 +111,14 @@ class Judge:
     def evaluate(self, counters: Counters, *, alive: Callable[[], bool]) -> None:
         """Held-out loss of the dense model, told as an event; nothing where nothing is held out or `alive` turns false."""
         if len(self.held) == 0:
+            self.measures.last_step = counters.step
             return
         self.events.state("evaluating", f"Evaluating on {len(self.held)} held-out sequences")
         found = self._held_out(counters.micro_batch_size or self.config.micro_batch_size, alive)
         if found is None:
             return
         self.measures.first = self.measures.first or found
-        self.measures.last = found
+        self.measures.last, self.measures.last_step = found, counters.step
         self.events.emit(
             "evaluation",
             step=counters.step,

@@ -75,15 +75,16 @@ class Run:
         chat = self.figures["format"] not in ("text", "prompt_completion")
         template = ChatTemplate(self.parts.tokenizer) if chat else None
         self.counters, measures = Counters(), Measures()
+        self.last_loss: float | None = None
         if resume:
             state = checkpoint.restore(resume, self.sparsity)
             # A checkpoint of an earlier release counted less.
             known = {k: state[k] for k in asdict(self.counters) if k in state}
             self.counters = Counters(**known)
             measures = Measures.from_dict(state["measures"])
+            self.last_loss = state.get("loss")
         self.stepper = Stepper(self.parts, config, train, self.counters, events)
         self.judge = Judge(self.parts, config, held, measures, events, template)
-        self.last_loss: float | None = None
         self._saved_step, self._state = 0, ""
 
     def train(self) -> None:
@@ -96,6 +97,9 @@ class Run:
         if self.counters.step == 0:
             self._evaluate()
             self.judge.begin()
+        elif self._evaluation_due and self.judge.measures.last_step != self.counters.step:
+            # The run was stopped in the middle of it.
+            self._after_step()
         while self.counters.step < self.config.total_steps:
             self._leave_if_asked()
             self.advance()
@@ -156,11 +160,16 @@ class Run:
                 step=self.counters.step,
             )
 
+    @property
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval_every
+        return every > 0 and self.counters.step % every == 0
+
     def _after_step(self) -> None:
         config, step = self.config, self.counters.step
         if step == config.total_steps:
             return
-        if config.eval_every and step % config.eval_every == 0:
+        if self._evaluation_due:
             self._evaluate()
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             self._save()
@@ -191,7 +200,11 @@ class Run:
         folder = self.folder / "checkpoints"
         saved = folder / checkpoint.name_of(self.counters.step)
         if self.parallel.first or self.parts.sharding:
-            state = {**asdict(self.counters), "measures": asdict(self.judge.measures)}
+            state = {
+                **asdict(self.counters),
+                "measures": asdict(self.judge.measures),
+                "loss": self.last_loss,
+            }
             checkpoint.save(folder, self.sparsity, self.parts.tokenizer, state)
         if self.parallel.first:
             self._tell_checkpoint(folder, saved)

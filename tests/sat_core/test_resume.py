@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sat_core.evaluation import Judge
+from sat_core.progress import Counters
 from tests.sat_core.tiny import prepare, read_events, run_core, write_text
 
 SAT = {
@@ -85,6 +87,35 @@ def test_resumed_equals_uninterrupted(
     assert {k: v for k, v in before.items() if k not in timed} == {
         k: v for k, v in after.items() if k not in timed
     }
+
+
+def test_an_evaluation_that_a_stop_cut_short_is_made_on_resume(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prepared = whole
+    evaluate = Judge.evaluate
+
+    def asked_to_stop(judge: Judge, counters: Counters, **more: Any) -> None:
+        if counters.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(judge, counters, **more)
+
+    first = start(tmp_path / "first", prepared)
+    with monkeypatch.context() as patched:
+        patched.setattr(Judge, "evaluate", asked_to_stop)
+        assert run_core("train", first) == 10
+    second = start(
+        tmp_path / "second", prepared, resume_from=str(first / "checkpoints/step-000007")
+    )
+    assert run_core("train", second) == 0
+    same_bytes(folder, second)
+
+    def of_step_7_on(run: Path, kind: str, field: str) -> list[tuple[Any, ...]]:
+        events = [e for e in read_events(run) if e["kind"] == kind and e["step"] >= 7]
+        return [(e["step"], e[field]) for e in events]
+
+    for kind, field in (("evaluation", "eval_loss"), ("checkpoint", "metrics")):
+        assert of_step_7_on(second, kind, field) == of_step_7_on(folder, kind, field)
 
 
 KILL_BETWEEN_MICRO_BATCHES = """
