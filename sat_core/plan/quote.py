@@ -65,10 +65,10 @@ def probe_rows(sat: SatConfig, batch_size: int, width: int, world: int = 1) -> i
     return max(1, round(max(fewest, min(rows, most)) / world))
 
 
-def probe_passes(sat: SatConfig, *, stage_begins: bool, whole: bool = True) -> int:
-    """Forwards' worth of FLOPs that a probe spends: none, one, or three with a backward."""
+def probe_passes(sat: SatConfig, *, stage_begins: bool) -> int:
+    """Forwards' worth of FLOPs that a probe of one process spends: none, one, or three with a backward."""
     by_errors = stage_begins and sat.allotment == "sensitivity"
-    if whole and (by_errors or sat.metric in GRADIENT_METRICS):
+    if by_errors or sat.metric in GRADIENT_METRICS:
         return 3
     looks = by_errors or sat.metric not in WEIGHT_METRICS or sat.max_gap > 0 or sat.compensation
     return int(looks)
@@ -81,7 +81,6 @@ def quote(config: TrainConfig, costs: Sequence[PhaseCost], *, gpu: bool) -> dict
     `flops`, `dense_flops` and `ratio`. The inverse of a ratio bounds the speed-up.
     """
     shape, sat = config.shape, config.sat
-    whole = config.sharding == "none"
     everything = Widths.dense(shape)
     multiple = width_multiple(sat, gpu=gpu)
     phases: list[dict[str, Any]] = []
@@ -91,7 +90,7 @@ def quote(config: TrainConfig, costs: Sequence[PhaseCost], *, gpu: bool) -> dict
         widths = planned_widths(shape, sat, share, multiple) if share else everything
         probe = 0
         if share:
-            begin, inside = (probe_passes(sat, stage_begins=b, whole=whole) for b in (True, False))
+            begin, inside = (probe_passes(sat, stage_begins=b) for b in (True, False))
             probe = begin * forward_flops(shape, everything, cost.begin)
             probe += inside * forward_flops(shape, everything, cost.refreshes)
         dense = step_flops(shape, everything, cost.steps)

@@ -117,7 +117,8 @@ class Train:
         "auto", "bf16 is autocast over fp32 parameters."
     )
     optimizer: Literal["adamw", "adamw_8bit"] = setting(
-        "adamw", "torch's AdamW, or torchao's with moments of eight bits."
+        "adamw",
+        "torch's AdamW, or torchao's with moments of eight bits, where the workers have torchao.",
     )
     tuning: Literal["full", "lora"] = setting(
         "full", "Train all weights, or low-rank adapters (peft) on a sliced frozen base."
@@ -129,7 +130,7 @@ class Train:
     )
     compile: bool = setting(False, "torch.compile each decoder layer.")
     sharding: Literal["none", "fsdp"] = setting(
-        "none", "Over several GPUs: plain data parallel, or FSDP2."
+        "none", "Over several processes, by torchrun: plain data parallel, or FSDP2."
     )
 
 

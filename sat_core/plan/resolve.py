@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sat_core.plan.accounting import attention_units, run_flops_ratio
@@ -121,6 +122,11 @@ def resolve(
         "learning_rate_multiplier": peak / base_learning_rate(shape.num_parameters),
     }
     warnings += _data_warnings(figures)
+    if config.sharding == "fsdp":
+        warnings.append(
+            "sat.train.sharding is 'fsdp': it shards under torchrun, and does nothing in a run of one process, as the "
+            "service's are."
+        )
     return Resolved(config=config, hyperparameters=stated, warnings=tuple(warnings))
 
 
@@ -187,6 +193,7 @@ def resolve_sat(
         seed=request.seed or 0,
         **_as_asked(SatConfig, asked, sat.schedule, sat.importance, sat.guard),
     )
+    refuse_impossible(config, shape)
     if sat.mode == "auto" and not explicit:
         bound = 1 / run_flops_ratio(shape, config, multiple=CPU_WIDTH_MULTIPLE, seq_len=seq_len)
         why = None
@@ -198,12 +205,16 @@ def resolve_sat(
             return dataclasses.replace(config, mlp_rate=0.0, attention_rate=0.0), [
                 f"Trained dense: {why}. Set sat.mode to on to have it anyway."
             ]
-    _refuse_impossible(config, shape)
     _refuse_too_many_exempt(sat.exempt_layers or 0, config, shape)
     return config, _warnings(config, shape)
 
 
-def _refuse_impossible(config: SatConfig, shape: ModelShape) -> None:
+def refuse_impossible(config: SatConfig, shape: ModelShape) -> None:
+    """What a model of this shape cannot do; the core asks too, for those who come without a request.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     if config.attention_rate > 0 and shape.whole_heads:
         raise ConfigError(
             f"sat.omission_rate.attention is {config.attention_rate:g}; in this {shape.model_type} model positions live in "
@@ -271,6 +282,25 @@ def _warnings(config: SatConfig, shape: ModelShape) -> list[str]:
             f"A layer has {units} attention units that can sleep, so the attention rate is realised coarsely."
         )
     return warnings
+
+
+def refuse_missing(request: RunRequest) -> None:
+    """Refuse what this machine lacks the library for; to be asked where the run will be, before its data are read.
+
+    Raises:
+        ConfigError: with code missing_dependency.
+    """
+    train = request.sat.train
+    for name, value, needs, library in (
+        ("optimizer", train.optimizer, "adamw_8bit", "torchao"),
+        ("tuning", train.tuning, "lora", "peft"),
+    ):
+        if value == needs and find_spec(library) is None:
+            raise ConfigError(
+                f"sat.train.{name} is {value!r}, which needs {library} where the workers run: pip install {library}.",
+                f"sat.train.{name}",
+                "missing_dependency",
+            )
 
 
 def check_mode(request: RunRequest) -> None:

@@ -20,6 +20,7 @@ CASES = {
     "weights": {"mode": "on", "allotment": "exempt", "importance": {"metric": "magnitude"}},
     "micro": {"mode": "on", "train": {"micro_batch_size": 3}},
     "dense": {"mode": "off"},
+    "sharding alone": {"mode": "on", "train": {"sharding": "fsdp"}},
 }
 
 
@@ -43,6 +44,8 @@ def test_the_run_counts_what_was_quoted(tmp_path: Path, name: str) -> None:
     (run / "config.json").write_text(json.dumps(prepared["config"]))
     assert run_core("train", run) == 0
     summary = next(e for e in read_events(run) if e["kind"] == "result")["summary"]
+    told = [w for w in prepared["warnings"] if "does nothing in a run of one process" in w]
+    assert bool(told) == (name == "sharding alone")
     flops = prepared["quote"]["flops"]
     assert flops["dense"] == summary["dense_flops"]
     assert flops["probe"] == pytest.approx(summary["probe_flops"], rel=0.02)

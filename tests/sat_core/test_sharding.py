@@ -89,6 +89,27 @@ def test_two_sharded_processes_equal_one(
     assert [e.get("text") for e in two] == [e.get("text") for e in one]
 
 
+@pytest.mark.parametrize("alone", ["probed"], indirect=True)
+def test_sharded_processes_allot_by_sensitivity(
+    alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """By the local error, since no rank has the whole model: not one process's choice, but all ranks' own."""
+    whole, prepared = alone
+    sat = {**prepared["config"]["sat"], "allotment": "sensitivity"}
+    pair = start(tmp_path / "pair", prepared, sharding="fsdp", sat=sat)
+    assert finish(launch(pair)) == 0
+    assert events_are_whole(pair)
+    told = [e for e in read_events(pair) if e["kind"] == "selection" and e["stage_begins"]]
+    full = next(e for e in told if e["share"] == 1.0)
+    assert {(e["kind"], e["layer"]) for e in full["errors"]} == {
+        (kind, layer) for kind in ("mlp", "attention") for layer in range(4)
+    }
+    awake = [b["awake_share"] for b in full["blocks"] if b["kind"] == "mlp"]
+    assert sum(awake) / len(awake) == pytest.approx(0.5, abs=0.1)
+    ends = [max(losses(folder).items())[1] for folder in (whole, pair)]
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("alone", ["probed"], indirect=True)
 def test_stopped_sharded_processes_go_on(
