@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sat_core.plan.families import Family, ModelShape, Slice, family_of, shape_of
+from sat_core.plan.resolve import refuse_impossible
 from sat_core.slicing import SlicedBlock, SlicedParameter, follow
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ class Anatomy:
 
         Raises:
             ModelError: for a family that is not supported.
+            ConfigError: for what the model cannot do.
         """
         core: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         shape = shape_of(core.config.to_dict())
+        refuse_impossible(config, shape)
         names = {id(p): n for n, p in model.named_parameters()}
         return cls(core, shape, family_of(shape.model_type), config, names)
 

@@ -71,6 +71,7 @@ def sparsify(
 
     Raises:
         ModelError: for a family that is not supported.
+        ConfigError: for what the model cannot do, or an optimizer with amsgrad.
     """
     return Sparsity(model, optimizer, config or SatConfig(total_steps=1))
 

@@ -1,10 +1,13 @@
 """Blocks that narrow and widen: what moves with a unit, what is refused, other units than whole KV groups."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from sat_core.loss import token_loss
 from sat_core.optim import build_optimizer
+from sat_core.plan.errors import ConfigError
 from sat_core.reference import masked_loss, masks_of
 from sat_core.sparsity import Sparsity
 from tests.sat_core.beside import train_beside_the_reference
@@ -30,6 +33,20 @@ def test_a_unit_that_wakes_keeps_its_second_moment_and_starts_without_momentum()
     assert torch.equal(weight, rows)
     assert not optimizer.state[weight]["exp_avg"][:8].any()
     assert optimizer.state[weight]["exp_avg"][8:].all()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "words"),
+    [
+        ("gpt2", {"attention_unit": "query_head"}, "for gpt2 only 'kv_group' is supported"),
+        ("mixtral", {"compensation": True}, "inside experts it is not supported"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(
+    model_type: str, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        sparsity_of(tiny_model(model_type), **settings)
 
 
 def test_refresh_is_refused_while_a_gradient_exists() -> None:
