@@ -61,8 +61,8 @@ class Batch(NamedTuple):
 class Corpus:
     """One split of a prepared corpus."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        """Open `split` ("train" or "validation") of a corpus folder.
+    def __init__(self, folder: Path, split: str, *, even: bool = False) -> None:
+        """Open `split` ("train" or "validation") of a corpus folder; `even` batches are all as wide as the longest needs.
 
         Raises:
             DataError: for another format version.
@@ -75,6 +75,7 @@ class Corpus:
         self.meta: dict[str, Any] = meta
         self._separate = meta["figures"]["packing"] == "separate"
         self.offsets = np.load(folder / f"{split}.offsets.npy")
+        self._fewest = int(np.diff(self.offsets).max(initial=0)) if even else 0
         self._ids = self._open(folder / f"{split}.tokens.bin", np.uint32)
         self._mask = self._open(folder / f"{split}.mask.bin", np.uint8)
 
@@ -86,9 +87,9 @@ class Corpus:
         return len(self.offsets) - 1
 
     def batch(self, indices: list[int], device: str = "cpu") -> Batch:
-        """Sequences `indices`, right-padded to a multiple of 8."""
+        """Sequences `indices`, right-padded to the longest's length, as a multiple of 8."""
         lengths = [int(self.offsets[i + 1] - self.offsets[i]) for i in indices]
-        width = padded(max(lengths))
+        width = padded(max(self._fewest, *lengths))
         ids = np.zeros((len(indices), width), dtype=np.int64)
         labels = np.full((len(indices), width), IGNORED_LABEL, dtype=np.int64)
         starts = np.zeros((len(indices), width), dtype=bool)

@@ -70,7 +70,9 @@ class Run:
         resume = self._resume_point()
         self.parts = assemble(config, parallel, resume)
         self.sparsity = self.parts.sparsity
-        train, held = (Corpus(Path(config.corpus), name) for name in ("train", "validation"))
+        # A compiled graph is for one width.
+        train = Corpus(Path(config.corpus), "train", even=config.compile)
+        held = Corpus(Path(config.corpus), "validation")
         self.figures = train.meta["figures"]
         chat = self.figures["format"] not in ("text", "prompt_completion")
         template = ChatTemplate(self.parts.tokenizer) if chat else None

@@ -36,6 +36,8 @@ class Costs:
         self._corpus = Corpus(Path(config.corpus), "train")
         offsets = self._corpus.offsets
         self._lengths = np.diff(offsets)
+        if config.compile:
+            self._lengths = np.full_like(self._lengths, self._lengths.max(initial=0))
         mask = np.memmap(Path(config.corpus) / "train.mask.bin", dtype=np.uint8, mode="r")
         # A sequence's first token is predicted by nothing.
         trained = np.array(

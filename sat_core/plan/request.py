@@ -128,7 +128,10 @@ class Train:
     gradient_checkpointing: bool = setting(
         False, "Compute activations again in the backward pass, to save memory."
     )
-    compile: bool = setting(False, "torch.compile each decoder layer.")
+    compile: bool = setting(
+        False,
+        "torch.compile each decoder layer; rows are then padded to one width, for a graph is for one.",
+    )
     sharding: Literal["none", "fsdp"] = setting(
         "none", "Over several processes, by torchrun: plain data parallel, or FSDP2."
     )

@@ -11,11 +11,14 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sat_core.checkpoint import merged_state_dict
+from sat_core.corpus import Corpus
 from sat_core.loss import token_loss
 from sat_core.model import compile_layers, with_adapters
 from sat_core.optim import build_optimizer
+from sat_core.plan.config import TrainConfig
 from sat_core.reference import masked_loss, masks_of
 from sat_core.sparsity import Sparsity
+from sat_io.costs import Costs
 from tests.sat_core.beside import train_beside_the_reference
 from tests.sat_core.tiny import (
     prepare,
@@ -160,6 +163,22 @@ def test_compiled_layers_are_compiled_once_a_width() -> None:
     assert new_graphs[0] > 0
     steady = [n for step, n in enumerate(new_graphs) if step and step not in begins]
     assert not any(steady), new_graphs
+
+
+def test_rows_of_a_compiled_run_are_all_as_wide_as_the_longest(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text("\n".join(json.dumps({"text": "a " * n}) for n in range(3, 40)))
+    sat = {"data": {"packing": "none"}, "train": {"compile": True, "max_steps": 4}}
+    config = TrainConfig.from_dict(prepare(tmp_path, data=data, sat=sat)["config"])
+    plain, even = (Corpus(Path(config.corpus), "train", even=even) for even in (False, True))
+    widths, same = (
+        {corpus.batch([i]).input_ids_BT.shape[1] for i in range(len(plain))}
+        for corpus in (plain, even)
+    )
+    assert len(widths) > 3
+    assert same == {max(widths)}
+    steps = sum(cost.steps.tokens for cost in Costs(config).by_phase())
+    assert steps == 4 * config.batch_size * max(widths)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
