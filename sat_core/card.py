@@ -11,7 +11,7 @@ from sat_core.plan.config import TrainConfig
 
 def model_card(config: TrainConfig, summary: dict[str, Any], figures: dict[str, Any]) -> str:
     """README.md of the model folder, in the form the hub reads; `figures` are the corpus'."""
-    licence = base_licence(config.model_path)
+    licence = base_licence(config.model_name, config.model_path, config.model_revision)
     sat = config.sat
     rows = [
         ("base model", f"{config.model_name} {config.model_revision or ''}".strip()),
@@ -54,7 +54,7 @@ The base model's licence applies to it.
 
 def bare_card(name: str, base: dict[str, Any], *, library: str) -> str:
     """README.md of a checkpoint's model or of an adapter, of which nothing was measured on its own."""
-    licence = base_licence(base["path"])
+    licence = base_licence(base["name"], base["path"], base["revision"])
     return f"""{_front(base["name"], licence, library)}
 # {name}
 
@@ -62,14 +62,25 @@ Made by Satune from {base["name"]} {base["revision"] or ""}, whose licence ({lic
 """
 
 
-def base_licence(model_path: str | None) -> str | None:
-    """The licence that the base model's own card states."""
-    card = Path(model_path or "") / "README.md"
-    if not model_path or not card.is_file():
+def base_licence(name: str, path: str | None, revision: str | None) -> str | None:
+    """The licence that the base model's own card states, in its folder or on the hub."""
+    card = Path(path) / "README.md" if path else _hub_card(name, revision)
+    if card is None or not card.is_file():
         return None
     found = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
     line = re.search(r"^license:\s*(\S+)", found[1], re.MULTILINE) if found else None
     return line[1] if line else None
+
+
+def _hub_card(name: str, revision: str | None) -> Path | None:
+    """None where it has no card or the hub is away: a run that has ended is not failed for that."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "README.md", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError):
+        return None
 
 
 def _front(base: str, licence: str | None, library: str) -> str:
@@ -83,7 +94,8 @@ tags: [satune, sparsity-accelerated-training]
 
 
 def _file(entry: dict[str, Any]) -> str:
-    return f"{entry.get('filename', '?')} (SHA-256 {str(entry.get('sha256', '?'))[:16]})"
+    kind = "SHA-256" if "sha256" in entry else "revision"
+    return f"{entry['filename']} ({kind} {entry.get('sha256') or entry['revision']})"
 
 
 def _pair(before: float | None, after: float | None) -> str:

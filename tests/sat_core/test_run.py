@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sat_core.card import base_licence
 from sat_core.checkpoint import newest_good
 from sat_core.corpus import IGNORED_LABEL, Corpus
 from sat_core.loss import token_loss
 from sat_core.model import load_model
+from sat_core.plan.layout import sha256_of
 from sat_core.plan.schedule import learning_rate_at
 from tests.sat_core.tiny import prepare, read_events, run_core, write_text
 
@@ -173,7 +175,23 @@ def test_the_result_is_a_plain_model_with_a_card(sparse: tuple[Path, dict[str, A
         **tokenizer("a b c", return_tensors="pt", return_token_type_ids=False), max_new_tokens=3
     )
     assert out.shape[1] > 3
-    assert "base_model: local/tiny" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "base_model: local/tiny" in card
+    assert f"data.jsonl (SHA-256 {sha256_of(sparse[0] / 'data.jsonl')})" in card
+
+
+def test_a_card_names_the_licence_of_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0" * 40
+    snapshot = tmp_path / "models--org--name" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Name\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert base_licence("local/x", str(snapshot), None) == "apache-2.0"
+    assert base_licence("org/name", None, commit) == "apache-2.0"
+    assert base_licence("org/other", None, commit) is None
 
 
 def test_events_tell_the_run_without_a_hole(sparse: tuple[Path, dict[str, Any]]) -> None:
