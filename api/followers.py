@@ -1,9 +1,10 @@
 """Everybody in this process who waits for something to happen to a job: streams and long polls.
 
 One task asks the database for all followed jobs together, a few times a second, and only while somebody follows: five
-hundred idle clients cost one small query, and none of them holds a session. New events are read once a job and kept in a
-short memory that all its streams read; one that begins further back, or has fallen behind, reads the rest by pages. The
-road not taken is LISTEN/NOTIFY or Redis: SQLite has none, Redis may vanish, and half a second is soon enough.
+hundred idle clients cost one small query, and none of them holds a session. Their keys are asked for together too, less
+often. New events are read once a job and kept in a short memory that all its streams read; one that begins further back,
+or has fallen behind, reads the rest by pages. The road not taken is LISTEN/NOTIFY or Redis: SQLite has none, Redis may
+vanish, and half a second is soon enough.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 AWAY_SECONDS = 2.0
+KEY_SECONDS = 15.0
 REMEMBERED = 500
 PAGE = 200
 
@@ -69,7 +71,9 @@ class Followers:
         self._store, self._streams_per_key = store, streams_per_key
         self._jobs: dict[str, Followed] = {}
         self._seats: Counter[str] = Counter()
+        self._ended: set[str] = set()
         self._task: asyncio.Task[None] | None = None
+        self._key_task: asyncio.Task[None] | None = None
 
     def take_seat(self, key_id: str) -> None:
         """A place for one more stream of this key. Raises ApiError where it has too many."""
@@ -81,6 +85,18 @@ class Followers:
                 headers={"retry-after": "5"},
             )
         self._seats[key_id] += 1
+        # It was valid a moment ago, whatever it was when it was last looked at.
+        self._ended.discard(key_id)
+        if self._key_task is None or self._key_task.done():
+            self._key_task = asyncio.create_task(self._look_at_keys())
+
+    def check_key(self, key_id: str) -> None:
+        """For a stream that goes on. Raises ApiError where its key was not valid any more when keys were last looked at."""
+        if key_id in self._ended:
+            raise ApiError(
+                "invalid_api_key",
+                "This API key is not valid any more, so its streams have ended; open them with another key.",
+            )
 
     def leave_seat(self, key_id: str) -> None:
         """The stream has ended."""
@@ -123,6 +139,15 @@ class Followers:
             except StoreUnavailable as error:
                 log.warning("Followers wait: %s", error)
                 await asyncio.sleep(AWAY_SECONDS)
+
+    async def _look_at_keys(self) -> None:
+        while self._seats:
+            await asyncio.sleep(KEY_SECONDS)
+            held = set(self._seats)
+            try:
+                self._ended = held - await run_in_threadpool(self._store.valid_keys, held)
+            except StoreUnavailable as error:
+                log.warning("Keys of streams are not looked at: %s", error)
 
     async def _take(self, job_id: str, pulse: Pulse) -> None:
         job = self._jobs.get(job_id)

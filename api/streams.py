@@ -14,12 +14,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.errors import error_body, translate
+from api.errors import ApiError, error_body, translate
 from api.followers import Followed, Followers
 from api.schemas.jobs import JobEvent
 from jobs.errors import StoreUnavailable
 from jobs.pulses import Pulse
-from jobs.spec import EventRecord
+from jobs.spec import EventRecord, Key
 
 HEARTBEAT_SECONDS = 15.0
 PROGRESS_SECONDS = 1.0
@@ -50,24 +50,25 @@ class EventStream(StreamingResponse):
             await self._closed()
 
 
-async def blocks(followers: Followers, project: str, job_id: str, after: int) -> AsyncIterator[str]:
-    """All that was told after event number `after`, then what is told, until the job has ended."""
+async def blocks(followers: Followers, key: Key, job_id: str, after: int) -> AsyncIterator[str]:
+    """All that was told after event number `after`, then what is told, until the job or the key has ended."""
     try:
-        async with followers.following(project, job_id) as job:
-            async for block in _blocks(followers, job_id, job, after):
+        async with followers.following(key.project, job_id) as job:
+            async for block in _blocks(followers, key.id, job_id, job, after):
                 yield block
-    except StoreUnavailable as error:
+    except (ApiError, StoreUnavailable) as error:
         # The answer has begun, so the error is a block; whoever comes back with the last id misses nothing.
         body = error_body(translate(error), "")
         yield f"data: {json.dumps(body)}\n\n"
 
 
 async def _blocks(
-    followers: Followers, job_id: str, job: Followed, after: int
+    followers: Followers, key_id: str, job_id: str, job: Followed, after: int
 ) -> AsyncIterator[str]:
     retry = RETRY
     shown, shown_at = None, 0.0
     while True:
+        followers.check_key(key_id)
         pulse = job.pulse
         events = await followers.events_after(job_id, job, after)
         for event in events:

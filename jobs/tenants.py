@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from sqlalchemy import Row, Select, bindparam, select, tuple_
@@ -84,6 +85,13 @@ class Tenants(Transactions):
     def key_of_session(self, key_id: str) -> Key | None:
         """The key that a session was begun with, while it is valid."""
         return self._valid_key(_KEY_OF_ID, key_id)[0]
+
+    def valid_keys(self, key_ids: Collection[str]) -> set[str]:
+        """Those of the keys that are valid, in one question."""
+        query = select(KeyRow).join(ProjectRow, ProjectRow.id == KeyRow.project)
+        query = query.where(KeyRow.id.in_(key_ids), ProjectRow.archived_at.is_(None))
+        with self.reading() as session:
+            return {row.id for row in session.scalars(query) if _valid(row, time.time())}
 
     def _valid_key(self, query: Select[Any], which: str) -> tuple[Key | None, float | None]:
         with self.looking() as connection:

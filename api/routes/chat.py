@@ -4,8 +4,9 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -38,6 +39,7 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"], dependencies=[Depends(requi
 
 # How soon it is noticed that a client has left which waits for a whole answer.
 LOOK_SECONDS = 1.0
+Paced = AsyncIterator[dict[str, Any] | None]
 STREAMED: dict[str, Any] = {
     "description": "The answer; with stream: true, pieces of it as server-sent events.",
     "model": ChatCompletion,
@@ -78,10 +80,12 @@ async def create_chat_completion(request: Request, app: App, key: Caller) -> Res
         lines = await stack.enter_async_context(
             app.chats.asking(key.project, body.model, version, ask, request.is_disconnected)
         )
+        check = partial(app.followers.check_key, key.id)
         if not body.stream:
-            whole = await _whole(body, lines, request.is_disconnected)
+            whole = await _whole(body, _paced(lines, LOOK_SECONDS, check), request.is_disconnected)
             return Response(whole.model_dump_json(), media_type="application/json")
-        blocks = _blocks(body, lines, request_id_of(request))
+        paced = _paced(lines, HEARTBEAT_SECONDS, check)
+        blocks = _blocks(body, paced, request_id_of(request))
         return EventStream(blocks, closed=stack.pop_all().aclose)
 
 
@@ -97,10 +101,10 @@ def _version(app: Services, project: str, name: str) -> str | None:
     return model_version(app, name)
 
 
-async def _whole(body: ChatBody, lines: Lines, gone: Gone) -> ChatCompletion:
+async def _whole(body: ChatBody, lines: Paced, gone: Gone) -> ChatCompletion:
     told: dict[str, Any] = {}
     texts = []
-    async for line in _paced(lines, LOOK_SECONDS):
+    async for line in lines:
         if await gone():
             break
         texts.append((line or {}).get("text", ""))
@@ -113,7 +117,7 @@ async def _whole(body: ChatBody, lines: Lines, gone: Gone) -> ChatCompletion:
     )
 
 
-async def _blocks(body: ChatBody, lines: Lines, request_id: str) -> AsyncIterator[str]:
+async def _blocks(body: ChatBody, lines: Paced, request_id: str) -> AsyncIterator[str]:
     head = _head(body)
     # `usage: null` stands in a piece only where usage was asked for.
     left_out = set() if body.include_usage else {"usage"}
@@ -125,7 +129,7 @@ async def _blocks(body: ChatBody, lines: Lines, request_id: str) -> AsyncIterato
     told: dict[str, Any] = {}
     yield block([ChunkChoice(delta=Delta(role="assistant", content=""))])
     try:
-        async for line in _paced(lines, HEARTBEAT_SECONDS):
+        async for line in lines:
             told |= line or {}
             if line is None:
                 yield PING
@@ -142,13 +146,14 @@ async def _blocks(body: ChatBody, lines: Lines, request_id: str) -> AsyncIterato
     yield DONE
 
 
-async def _paced(lines: Lines, seconds: float) -> AsyncIterator[dict[str, Any] | None]:
-    """The lines, and None whenever none came for so long."""
+async def _paced(lines: Lines, seconds: float, check: Callable[[], None]) -> Paced:
+    """The lines, and None whenever none came for so long; before each, `check` may raise."""
     coming = None
     try:
         while True:
             coming = coming or asyncio.ensure_future(anext(lines, None))
             await asyncio.wait({coming}, timeout=seconds)
+            check()
             if not coming.done():
                 yield None
                 continue

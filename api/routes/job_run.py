@@ -84,7 +84,7 @@ async def stream_job(
     app.followers.take_seat(key.id)
     stack = AsyncExitStack()
     stack.callback(app.followers.leave_seat, key.id)
-    return EventStream(blocks(app.followers, key.project, job_id, number), closed=stack.aclose)
+    return EventStream(blocks(app.followers, key, job_id, number), closed=stack.aclose)
 
 
 @router.get(

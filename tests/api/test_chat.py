@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -113,6 +114,42 @@ def test_a_model_that_cannot_be_loaded_says_why(client, services):
     answer = ask(client)
     assert refusal(answer) == (400, "model_unsupported", "model")
     assert answer.json()["error"]["message"] == "It has no layers."
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_answer_ends_with_the_key_that_asked_for_it(client, services, monkeypatch, streamed):
+    monkeypatch.setattr("api.followers.KEY_SECONDS", 0.2)
+    _, key, secret = services.store.create_service_account("default", "ci", ("inference",))
+    params = {"model_version": model_version(services, "local/tiny")}
+    services.store.ask_chore("default", CHAT, "local/tiny", params)
+    claim = services.store.claim_chore("w", chat=True)
+    left = threading.Event()
+
+    class Talker(BaseHTTPRequestHandler):
+        def do_POST(self):
+            services.store.revoke_key("default", key.id)
+            self.send_response(200)
+            self.end_headers()
+            try:
+                for _ in range(50):
+                    self.wfile.write(b'{"text": "on "}\n')
+                    time.sleep(0.1)
+            except ConnectionError:
+                left.set()
+
+    with HTTPServer(("127.0.0.1", 0), Talker) as server:
+        threading.Thread(target=server.serve_forever).start()
+        place = {"url": f"http://127.0.0.1:{server.server_port}", "token": "t"}
+        services.store.publish_chore(claim, place)
+        client.headers["authorization"] = f"Bearer {secret}"
+        answer = ask(client, stream=streamed)
+        server.shutdown()
+    assert left.is_set()
+    if streamed:
+        last = answer.text.strip().splitlines()[-1].removeprefix("data: ")
+        assert json.loads(last)["error"]["code"] == "invalid_api_key"
+    else:
+        assert refusal(answer) == (401, "invalid_api_key", None)
 
 
 def test_an_address_that_is_another_ones_by_now_is_asked_for_again(client, services, monkeypatch):

@@ -142,6 +142,34 @@ def test_streams_of_a_key_are_limited_and_freed(address, services, sdk):
         one.close()
 
 
+@pytest.mark.parametrize("by", ["revoking", "expiry"])
+def test_a_stream_ends_with_its_key(address, services, sdk, monkeypatch, by):
+    monkeypatch.setattr("api.streams.HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr("api.followers.KEY_SECONDS", 0.2)
+    store = services.store
+    _, key, secret = store.create_service_account("default", "ci", ("jobs:read",))
+    job = new_job(services)
+    claim = claim_job(services, 9)
+    other = stream(sdk, job)
+    later = threading.Timer(4, lambda: finish_job(services, 9, claim))
+    later.start()
+    keyed = sdk.with_options(api_key=secret)
+    seen = iter(stream(keyed, job))
+    next(seen)
+    if by == "revoking":
+        store.revoke_key("default", key.id)
+    else:
+        store.change_key("default", key.id, {"expires_at": time.time() - 1})
+    with pytest.raises(openai.APIError, match="not valid any more") as ended:
+        list(seen)
+    assert ended.value.code == "invalid_api_key"
+    assert any(event.message.startswith("Succeeded") for event in other)
+    later.join()
+    if by == "expiry":
+        store.change_key("default", key.id, {"expires_at": None})
+        assert list(stream(keyed, job))
+
+
 def test_an_idle_stream_holds_no_database_session(address, services, sdk):
     job = new_job(services)
     opened = [stream(sdk, job) for _ in range(3)]
