@@ -85,6 +85,15 @@ class Parallel:
                 bucket = []
         _sum_bucket(bucket)
 
+    def reseed(self, seed: int, step: int) -> None:
+        """Give each other rank than the first random numbers of its own, a pure function of rank and arguments.
+
+        The first one draws on as a run alone does, from the state that checkpoints keep.
+        """
+        if self.rank:
+            mixed = (seed * 1_000_003 + step) * 4096 + self.rank
+            torch.manual_seed(mixed % 2**63)
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:

@@ -66,6 +66,7 @@ class Stepper:
             PlanError: with code loss_not_finite, after several bad steps in a row.
         """
         started = time.perf_counter()
+        self.parts.parallel.reseed(self.config.seed, self.counters.step)
         try:
             batches = self._micro_batches()
             rows = probe_rows(

@@ -85,6 +85,19 @@ def test_ranks_without_a_label_choose_by_what_they_have() -> None:
     assert len({str(awake(s)) for s, _ in (*by_fisher, *by_activation)}) == 1
 
 
+def test_every_rank_drops_out_other_values_and_the_same_again_on_resume() -> None:
+    def drawn(rank: int, step: int, before: int = 0) -> list[float]:
+        torch.manual_seed(3)
+        torch.rand(before)
+        Thread(rank, threading.Barrier(2), {}).reseed(3, step)
+        return torch.rand(8).tolist()
+
+    alone = torch.rand(8, generator=torch.Generator().manual_seed(3)).tolist()
+    assert drawn(0, 5) == alone
+    assert len({str(drawn(rank, step)) for rank, step in ((0, 5), (1, 5), (2, 5), (1, 6))}) == 4
+    assert drawn(1, 5) == drawn(1, 5, before=4)
+
+
 def test_a_loss_that_is_no_number_on_one_rank_finishes_all_dense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

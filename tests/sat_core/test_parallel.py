@@ -4,6 +4,7 @@ Tolerance: ranks sum a batch's gradients in another order than one process does,
 2e-4 after 16 steps at a rate of 1e-3; who is awake agrees exactly.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.sat_core.test_run import losses, start, wait_for_step
-from tests.sat_core.tiny import prepare, read_events, run_core, write_text
+from tests.sat_core.tiny import prepare, read_events, run_core, write_model, write_text
 
 pytestmark = pytest.mark.slow
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 2e-4
@@ -58,6 +59,19 @@ def test_two_stopped_processes_go_on(
     assert losses(first).keys() | losses(second).keys() == losses(whole).keys()
     assert close({**losses(first), **losses(second)}, losses(whole))
     same_weights(whole, second)
+
+
+def test_ranks_with_dropout_stop_and_go_on(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    data = write_text(tmp_path / "data.jsonl")
+    prepared = prepare(tmp_path, data=data, sat=SAT, hyperparameters={"batch_size": 4})
+    pair = start(tmp_path / "pair", prepared)
+    assert finish(launch(pair)) == 0
+    first, second = stopped_and_resumed(tmp_path, prepared, 2)
+    assert close({**losses(first), **losses(second)}, losses(pair))
+    same_weights(pair, second)
 
 
 def test_a_batch_smaller_than_the_ranks_is_refused(
