@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sat_core.plan.errors import DataError
 from sat_io.packing import Packer, Sequence, packer_for, packing_for, pieces
 from sat_io.rendering import Rendered, Renderer
 from sat_io.sources import Source, shuffled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from sat_io.reading import Row
 
 PROGRESS_ROWS = 200
 
@@ -128,7 +131,7 @@ class Intake:
         """
         for row in self._rows:
             self.tally.begin_row()
-            whole = self._renderer.render(row.content)
+            whole = rendered(self._renderer, row, self.source.filename)
             parts, lost = fit(whole, row.format, self.packing, self.seq_len)
             trained = sum(sum(part.trained[1:]) for part in parts)
             self.tally.end_row(len(whole.ids), lost, trained)
@@ -162,6 +165,14 @@ class Intake:
             **self.tally.figures(),
             **written,
         }
+
+
+def rendered(renderer: Renderer, row: Row, filename: str) -> Rendered:
+    """A row as tokens. Raises DataError: naming the row where it cannot be rendered."""
+    try:
+        return renderer.render(row.content)
+    except DataError as error:
+        raise DataError(f"{filename}, line {row.line}: {error.message}") from error
 
 
 def fit(row: Rendered, format: str, packing: str, seq_len: int) -> tuple[list[Rendered], int]:

@@ -10,7 +10,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from sat_core.plan.errors import ConfigError
-from sat_io.intake import Tokens, fit
+from sat_io.intake import Tokens, fit, rendered
 from sat_io.packing import packing_for
 from sat_io.rendering import Rendered
 
@@ -43,7 +43,7 @@ def preview_rows(
     tokenizer = tokens.renderer.tokenizer
     shown = []
     for number, row in enumerate(itertools.islice(source.rows(declared_format), rows), 1):
-        whole = tokens.renderer.render(row.content)
+        whole = rendered(tokens.renderer, row, source.filename)
         chosen = packing_for(tokens.packing, row.format)
         parts, _ = fit(whole, row.format, chosen, tokens.seq_len_for(chosen != "none"))
         shown.append(

@@ -29,10 +29,11 @@ MAX_ROW_GROUP_BYTES = 4 * 2**30
 
 
 class Row(NamedTuple):
-    """One row: the format it was read as, and its meaning."""
+    """One row: the format it was read as, its meaning, and its line; documents of a text file have none."""
 
     format: str
     content: Text | Conversation
+    line: int = 0
 
 
 def read_rows(path: Path, filename: str, declared: str = "auto") -> Iterator[Row]:
@@ -64,7 +65,7 @@ def meanings(rows: Iterator[tuple[int, Any]], filename: str, declared: str) -> I
     for number, row in rows:
         try:
             format = detect_format(row) if format == "auto" else format
-            yield Row(format, parse_row(row, format))
+            yield Row(format, parse_row(row, format), number)
         except RowError as error:
             raise _at(filename, number, error) from error
 

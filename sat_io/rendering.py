@@ -39,7 +39,7 @@ class Renderer:
         """Tokens of one row.
 
         Raises:
-            DataError: where the chat template fails, writes without bound, or allows no exact mask.
+            DataError: where the chat template fails, writes or computes without bound, or allows no exact mask.
         """
         if isinstance(content, Conversation):
             return self._conversation(content)
@@ -69,7 +69,7 @@ class Renderer:
         if self.train_on == "all":
             return self._masked(whole, [(0, len(whole))], add_special_tokens=False)
         if self._marked:
-            return self._by_marks(messages, trained, tools)
+            return self._by_marks(messages, trained, tools, bound)
         spans = [
             self._span(messages, i, tools, whole, bound) for i, flag in enumerate(trained) if flag
         ]
@@ -100,11 +100,16 @@ class Renderer:
         )
 
     def _by_marks(
-        self, messages: list[dict[str, Any]], trained: list[bool], tools: Any
+        self, messages: list[dict[str, Any]], trained: list[bool], tools: Any, bound: int
     ) -> Rendered:
         """The template's own mask, less the turns of weight 0: each run of marked tokens is one assistant's turn."""
         encoded = self.template.call(
-            messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            tools,
+            bound,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         ids, mask = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
         wanted = [

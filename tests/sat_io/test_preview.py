@@ -1,6 +1,9 @@
 """What is rendered, what of it is trained on, and how that is shown."""
 
 import json
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from sat_io.rendering import Renderer
 from sat_io.rows import parse_row
 from sat_io.sources import Source
 from tests.sat_core.tiny import read_events, run_core, write_model
-from tests.sat_io.corpora import write_rows
+from tests.sat_io.corpora import make, write_rows
 
 USER, ASSISTANT = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}
 CALL = {"function": {"name": "f", "arguments": "{}"}}
@@ -136,6 +139,38 @@ def test_a_template_that_floods_or_fails_is_refused(
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=words):
         trained(tokenizer, {"messages": [USER, ASSISTANT]})
+
+
+# It writes nothing, hides behind a filter that catches errors, and ends after some seconds only for the test's sake.
+SILENT = (
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if 'e' in messages[0]['content'] %}{% for i in range(40) %}"
+    "{% for j in range(99999) %}{% if j | string | int %}{% endif %}{% endfor %}{% endfor %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("silent_row", [1, 2])
+def test_a_template_that_loops_in_silence_is_refused_with_its_row(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, silent_row: int
+) -> None:
+    monkeypatch.setattr("sat_core.chat_template.RENDER_SECONDS", 0.1)
+    tokenizer.chat_template = SILENT
+    rows = [{"messages": [USER, ASSISTANT]}] * 3
+    rows[silent_row - 1] = {"messages": [{**USER, "content": "e"}, ASSISTANT]}
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    words = rf"d\.jsonl, line {silent_row}: .*did not end within 0\.4 s"
+    began = time.process_time()
+    with pytest.raises(DataError, match=words):
+        preview_rows(Source(path=path, filename="d.jsonl"), tokens_of(tokenizer), rows=3)
+    with pytest.raises(DataError, match=words):
+        make(tmp_path, tokenizer, path)
+    assert time.process_time() - began < 3
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+
+
+def test_rows_are_rendered_in_threads_too(tokenizer: Any) -> None:
+    row = {"messages": [USER, ASSISTANT]}
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(trained, tokenizer, row).result() == trained(tokenizer, row)
 
 
 def test_a_preview_shows_what_is_trained_masked_and_cut(tmp_path: Path, tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.sat_core.tiny import prepare, read_events, run_core, write_model
+from tests.sat_io.test_preview import SILENT
 
 GOOD = {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]}
 OTHER = {"messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f g h"}]}
@@ -124,6 +126,24 @@ def test_a_template_that_fails_is_an_error_of_its_rows(tmp_path: Path, model: Pa
     report = validated(tmp_path, lines(GOOD, OTHER), model=broken)
     assert [e["code"] for e in report["errors"]] == ["template_failed"] * 2
     assert "no systems here" in report["errors"][0]["message"]
+
+
+def test_a_template_that_loops_in_silence_costs_one_row_of_time(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sat_core.chat_template.RENDER_SECONDS", 0.1)
+    looping = tmp_path / "model"
+    looping.mkdir()
+    for path in model.iterdir():
+        (looping / path.name).symlink_to(path)
+    (looping / "chat_template.jinja").unlink()
+    (looping / "chat_template.jinja").write_text(SILENT)
+    began = time.process_time()
+    report = validated(tmp_path, lines(GOOD, *[OTHER] * 5), model=looping)
+    assert time.process_time() - began < 2
+    assert report["error_count"] == 5
+    assert (report["errors"][0]["line"], report["errors"][0]["code"]) == (2, "template_failed")
+    assert "did not end within 0.4 s" in report["errors"][0]["message"]
 
 
 @pytest.mark.parametrize("with_model", [False, True])
