@@ -30,9 +30,9 @@ ARGS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium of the machine."""
+    """Chromium of the machine; for one file, since Playwright keeps an event loop that the next file could not have."""
     found = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")
