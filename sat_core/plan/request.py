@@ -58,7 +58,10 @@ class Schedule:
     )
     dense_start: float = setting(0.05, "Share of all steps trained dense first.", ge=0, le=1)
     sparse_share: float = setting(
-        0.7, "Share of all steps after which the rungs begin.", ge=0, le=1
+        0.7,
+        "Share of all steps after which the rungs begin; 1 never trains the whole model.",
+        ge=0,
+        le=1,
     )
     rungs: int = setting(4, "Number of rungs; the last one is dense.", ge=1, le=64)
 

@@ -272,6 +272,11 @@ def _warnings(config: SatConfig, shape: ModelShape) -> list[str]:
         for kind, rate, limit in rates
         if rate > limit
     ]
+    if config.sparse and config.sparse_share == 1:
+        warnings.append(
+            "sat.schedule.sparse_share is 1: no step trains the whole model at the end, so the result is a model whose units "
+            "never worked together."
+        )
     units = attention_units(shape, config.attention_unit)
     if config.attention_rate > 0 and units == 1:
         warnings.append(
