@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from sat_core.plan.config import SatConfig
+from sat_core.plan.errors import ConfigError
 from sat_core.sparsity import Sparsity, sparsify
 
 if TYPE_CHECKING:
@@ -42,7 +43,17 @@ class SatCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Meet model and optimizer."""
+        """Meet model and optimizer.
+
+        Raises:
+            ConfigError: in one of several processes, which would each choose by itself.
+        """
+        if args.world_size > 1:
+            raise ConfigError(
+                f"SatCallback trains in one process, not in {args.world_size}; on several GPUs use sat_core's own trainer: "
+                "torchrun -m sat_core train RUN_FOLDER.",
+                code="conflicting_parameters",
+            )
         self._widen()
         self._asleep_soon.clear()
         optimizer = kwargs["optimizer"]
@@ -62,7 +73,11 @@ class SatCallback(TrainerCallback):
         for block, awake_K in self._asleep_soon:
             block.refresh(awake_K, self.sparsity.optimizer, stepped=False)
         self._asleep_soon.clear()
-        self.sparsity.begin_step(state.global_step, self.probe_inputs)
+        made = self.sparsity.begin_step(state.global_step, self.probe_inputs)
+        if self.config.max_gap and made is not None and made.dense_loss is not None:
+            with torch.no_grad():
+                sparse_loss = float(kwargs["model"](**self.probe_inputs).loss)
+            self.sparsity.note_gap(sparse_loss - made.dense_loss)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from sat_core.callback import SatCallback
 from sat_core.plan.config import SatConfig
+from sat_core.plan.errors import ConfigError
 from tests.sat_core.tiny import tiny_model, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,25 @@ def test_looking_at_the_dense_model_changes_nothing(tmp_path: Path) -> None:
     plain = train("plain", save_strategy="no")
     looked = train("looked", eval_strategy="steps", eval_steps=1, save_steps=3)
     assert all(torch.equal(plain[name], looked[name]) for name in plain)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("max_gap", "cap"), [(1e-9, 0.0), (9.0, 1.0)])
+def test_the_callback_watches_the_gap(tmp_path: Path, max_gap: float, cap: float) -> None:
+    arguments = arguments_of(tmp_path, save_strategy="no")
+    trainer = Trainer(model=tiny_model(), args=arguments, train_dataset=rows())
+    config = SatConfig(total_steps=1, mlp_rate=0.5, attention_rate=0.5, max_gap=max_gap)
+    callback = SatCallback(config, inputs(0))
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.sparsity is not None
+    assert callback.sparsity.cap == cap
+
+
+def test_the_callback_refuses_to_be_one_of_several() -> None:
+    callback = SatCallback(SatConfig(total_steps=1, mlp_rate=0.5), inputs(0))
+    with pytest.raises(ConfigError, match="in one process, not in 2"):
+        callback.on_train_begin(SimpleNamespace(world_size=2), None, None)  # type: ignore[arg-type]
 
 
 def test_the_wheel_holds_the_core_alone(tmp_path: Path) -> None:
