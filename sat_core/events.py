@@ -1,7 +1,7 @@
 """events.jsonl: all that a run tells the world, numbered, append-only, one JSON object a line.
 
-A line exists once its newline does; a reader ignores an unfinished tail. The file, not a socket, because it survives
-either side and keeps what was said while nobody listened.
+Each process begins by naming the format. A line exists once its newline does; a reader ignores an unfinished tail. The
+file, not a socket, because it survives either side and keeps what was said while nobody listened.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from pathlib import Path
 
+EVENTS_FORMAT = "satune.events/1"
+
 
 class EventLog:
     """Writer of one run folder's events; a `silent` one (a rank that is not the first) writes none."""
@@ -23,6 +25,7 @@ class EventLog:
         path = os.devnull if silent else folder / "events.jsonl"
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._silent, self._seq = silent, 0
+        self.emit("begun", format=EVENTS_FORMAT)
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Append one event; numbers that JSON cannot hold (NaN, infinity) become null."""

@@ -25,7 +25,7 @@ from jobs.store import Store
 from worker.child import Bounds, Child
 from worker.inputs import Inputs
 from worker.slots import hardware
-from worker.tail import Tail
+from worker.tail import EventsUnsupported, Tail
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ class ChatRunner:
             self._work()
         except LeaseLost as lost:
             log.warning("Standing down: %s", lost)
+        except EventsUnsupported as unsupported:
+            self._fail(unsupported.error)
         except NotFound as error:
             code = f"{error.kind}_not_found"
             self._fail({"code": code, "message": f"{error}.", "param": "model"})

@@ -25,7 +25,7 @@ from jobs.store import Store
 from worker.child import Child
 from worker.inputs import Inputs
 from worker.kinds import KINDS, Kind
-from worker.tail import Tail
+from worker.tail import EventsUnsupported, Tail
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ChoreRunner:
             self._write(lambda: self.store.release_chore(self.claim))
         except LeaseLost as lost:
             log.warning("Standing down: %s", lost)
-        except _Refused as refused:
+        except (_Refused, EventsUnsupported) as refused:
             error = refused.error
             self._write(lambda: self.store.fail_chore(self.claim, error))
         else:

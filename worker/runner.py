@@ -33,7 +33,7 @@ from worker.energy import Meter
 from worker.inputs import PREPARE_FORMAT, Inputs
 from worker.kinds import PREPARING
 from worker.slots import hardware
-from worker.tail import Tail
+from worker.tail import EventsUnsupported, Tail
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ class Runner:
             self._conclude(child, meter.joules())
         except LeaseLost as error:
             log.warning("Standing down: %s", error)
+        except EventsUnsupported as unsupported:
+            self.store.fail(self.claim, unsupported.error)
         except NotFound as error:
             self.store.fail(self.claim, {"code": "not_found", "message": f"{error}", "param": None})
 

@@ -1,4 +1,7 @@
-"""Reading an events.jsonl that somebody else is writing: whole lines only, from a byte position that SQL remembers."""
+"""Reading an events.jsonl that somebody else is writing: whole lines only, from a byte position that SQL remembers.
+
+The child is a program of its own, so a format that it names and this one does not know is refused, never guessed at.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,19 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 4 * 2**20
+EVENTS_FORMAT = "satune.events/1"
+
+
+class EventsUnsupported(Exception):
+    """The child's events have another format; `error` is what to tell of it."""
+
+    def __init__(self, found: object) -> None:
+        message = (
+            f"The run's events have format {found!r}; this worker reads {EVENTS_FORMAT!r}. "
+            "Restart the worker, so that both are of one release, and start the job anew."
+        )
+        super().__init__(message)
+        self.error = {"code": "events_unsupported", "message": message, "param": None}
 
 
 @dataclass
@@ -18,7 +34,10 @@ class Tail:
     position: int = 0
 
     def read(self) -> tuple[list[dict[str, Any]], int]:
-        """(events after the position, the position behind them); the position itself moves by `taken`."""
+        """(events after the position, the position behind them); the position itself moves by `taken`.
+
+        Raises EventsUnsupported.
+        """
         try:
             with self.path.open("rb") as file:
                 file.seek(self.position)
@@ -26,7 +45,11 @@ class Tail:
         except FileNotFoundError:
             return [], self.position
         whole = data[: data.rfind(b"\n") + 1]
-        return [json.loads(line) for line in whole.splitlines()], self.position + len(whole)
+        events = [json.loads(line) for line in whole.splitlines()]
+        for event in events:
+            if event["kind"] == "begun" and event["format"] != EVENTS_FORMAT:
+                raise EventsUnsupported(event["format"])
+        return events, self.position + len(whole)
 
     def taken(self, position: int) -> None:
         """What lies before `position` was recorded."""

@@ -150,4 +150,4 @@ def test_the_server_answers_who_knows_the_token_and_refuses_a_crowd(tmp_path: Pa
             server.shutdown()
             thread.join()
     kinds = [event["kind"] for event in read_events(tmp_path)]
-    assert kinds == ["answering", "idle", "answering", "idle"]
+    assert kinds == ["begun", "answering", "idle", "answering", "idle"]

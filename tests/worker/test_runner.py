@@ -21,7 +21,7 @@ from sat_core.plan.request import RunRequest
 from worker.kinds import KINDS
 from worker.runner import Runner
 from worker.sweeper import Sweeper
-from worker.tail import Tail
+from worker.tail import EVENTS_FORMAT, Tail
 
 RUN = RunRequest.from_dict({"model": "m"}).to_dict()
 
@@ -233,14 +233,30 @@ def test_a_child_that_prepares_is_bounded_as_that_of_an_estimate(
     assert error["message"] == str(KINDS["estimate"].bounds.memory_bytes)
 
 
+def test_events_of_an_unknown_format_are_refused(store: Store, quick: Settings) -> None:
+    claim = claim_for(store, quick, "done")
+    told = """if True:
+        import pathlib, sys
+        begun = '{"seq": 1, "time": 1.0, "kind": "begun", "format": "satune.events/9"}\\n'
+        pathlib.Path(sys.argv[2], "events.jsonl").write_text(begun)
+    """
+    program = (sys.executable, "-c", told)
+    Runner(quick, store, claim, "", threading.Event(), program=program).run()
+    job = store.get_job("default", claim.job_id)
+    assert job.error is not None
+    assert (job.status, job.error["code"]) == ("failed", "events_unsupported")
+    assert "'satune.events/9'; this worker reads 'satune.events/1'" in job.error["message"]
+
+
 def test_an_unfinished_line_is_not_read(tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     tail = Tail(log)
     assert tail.read() == ([], 0)
-    log.write_bytes(b'{"seq": 1}\n{"seq"')
+    begun = {"kind": "begun", "format": EVENTS_FORMAT}
+    log.write_bytes(json.dumps(begun).encode() + b'\n{"kind"')
     events, position = tail.read()
-    assert (events, position) == ([{"seq": 1}], 11)
+    assert (events, position) == ([begun], len(json.dumps(begun)) + 1)
     tail.taken(position)
     with log.open("ab") as file:
-        file.write(b": 2}\n" + json.dumps({"seq": 3}).encode())
-    assert tail.read()[0] == [{"seq": 2}]
+        file.write(b': "state"}\n' + json.dumps({"kind": "metrics"}).encode())
+    assert tail.read()[0] == [{"kind": "state"}]
