@@ -11,8 +11,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sat_core.plan.accounting import padded
 from sat_core.plan.errors import DataError
@@ -21,6 +19,8 @@ from sat_core.plan.layout import CORPUS_FORMAT, FIRST, TRAINED
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from torch import Tensor
 
 IGNORED_LABEL = -100
 
@@ -88,6 +88,8 @@ class Corpus:
 
     def batch(self, indices: list[int], device: str = "cpu") -> Batch:
         """Sequences `indices`, right-padded to the longest's length, as a multiple of 8."""
+        import torch  # here alone: a quote counts sequences without it
+
         lengths = [int(self.offsets[i + 1] - self.offsets[i]) for i in indices]
         width = padded(max(self._fewest, *lengths))
         ids = np.zeros((len(indices), width), dtype=np.int64)
@@ -100,7 +102,7 @@ class Corpus:
             labels[row, :length] = np.where(mask == TRAINED, tokens, IGNORED_LABEL)
             starts[row, :length] = mask & FIRST
             starts[row, length:][:1] = True
-        positions = _positions(starts) if self._separate else None
+        positions = torch.from_numpy(_positions(starts)) if self._separate else None
         batch = Batch(
             torch.from_numpy(ids), torch.from_numpy(labels), torch.tensor(lengths), positions
         )
@@ -125,7 +127,7 @@ class Corpus:
         return list(map(int, np.random.default_rng([seed, epoch]).permutation(len(self))))
 
 
-def _positions(starts: np.ndarray[Any, Any]) -> Tensor:
+def _positions(starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Distance of each token from the last start at or before it; int64 [B, T] from bool [B, T]."""
     here = np.arange(starts.shape[1], dtype=np.int64)
-    return torch.from_numpy(here - np.maximum.accumulate(np.where(starts, here, 0), axis=1))
+    return here - np.maximum.accumulate(np.where(starts, here, 0), axis=1)

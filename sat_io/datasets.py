@@ -22,6 +22,7 @@ from sat_core.plan.quote import quote
 from sat_core.plan.request import MixFile, RunRequest
 from sat_core.plan.resolve import check_mode, max_seq_len, refuse_missing, resolve
 from sat_core.tokenizer import hub_revision, load_tokenizer, model_config
+from sat_io.costs import Costs
 from sat_io.intake import Tokens
 from sat_io.preparing import Preparation
 from sat_io.preview import preview_rows
@@ -96,9 +97,6 @@ def prepare(folder: Path, config: dict[str, Any], events: Events) -> None:
 
 
 def _quote(config: TrainConfig, figures: dict[str, Any], *, gpu: bool) -> dict[str, Any]:
-    # The corpus is read through torch, which nothing else here needs.
-    from sat_io.costs import Costs
-
     costs = Costs(config).by_phase()
     width = padded(int(figures["longest"]))
     return {

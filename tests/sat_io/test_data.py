@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from sat_core.plan.errors import DataError
 from sat_io.formats import FileCheck
 from sat_io.rendering import Renderer
 from sat_io.rows import parse_row
-from tests.sat_core.tiny import prepare, read_events, run_core, write_model
+from tests.sat_core.tiny import prepare, read_events, run_core, write_model, write_text
 
 MESSAGES = {
     "messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
@@ -217,3 +219,17 @@ def test_a_hub_that_cannot_be_reached_is_said_so(
     event = read_events(tmp_path)[-1]
     assert event["code"] == "model_download_failed"
     assert "some-org/no-such-model cannot be found" in event["message"]
+
+
+def test_the_program_reads_rows_without_torch(tmp_path: Path) -> None:
+    prepare(tmp_path, data=write_text(tmp_path / "d.jsonl"), sat={"mode": "on"})
+    folder = tmp_path / "prepare"
+    config = json.loads((folder / "config.json").read_text())
+    hardware = {"device": "cpu", "name": "cpu", "memory_bytes": None}
+    (folder / "config.json").write_text(json.dumps(config | {"hardware": hardware}))
+    program = [sys.executable, "-P", "-X", "importtime", "-m", "sat_io", "prepare", str(folder)]
+    done = subprocess.run(program, check=True, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "transformers" in imported
+    assert not {name for name in imported if name.startswith("torch")}
+    assert json.loads((folder / "train.json").read_text())["quote"]["flops"]
