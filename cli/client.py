@@ -8,6 +8,7 @@ what is asked here lies beyond it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -109,17 +110,17 @@ class Client:
 
     def validation(self, file_id: str, **params: Any) -> dict[str, Any]:
         """The report on a file, once a worker has made it."""
-        while True:
-            asked = {"wait": WAIT_SECONDS, **params}
-            found = self._send("GET", f"/v1/files/{file_id}/validation", params=asked)
-            if found["status"] != "pending":
-                return found
-            self._expect_worker()
+        return self._answer(f"/v1/files/{file_id}/validation", **params)
 
-    def _expect_worker(self) -> None:
-        """Whatever waits for a worker would wait for ever where none is."""
-        if not self._send("GET", "/v1/sat/capabilities")["workers"]["slots"]["prepare"]:
-            raise CliError("No worker of this service is alive to answer that.", NOT_NOW)
+    def _answer(self, path: str, **params: Any) -> dict[str, Any]:
+        """What a worker makes of a question, or soon the news that none lives."""
+        for wait in itertools.chain([2], itertools.repeat(WAIT_SECONDS)):
+            found = self._send("GET", path, params={"wait": wait, **params})
+            if found["status"] != "pending":
+                break
+            if not self._send("GET", "/v1/sat/capabilities")["workers"]["slots"]["prepare"]:
+                raise CliError("No worker of this service is alive to answer that.", NOT_NOW)
+        return found
 
     def delete_file(self, file_id: str) -> None:
         """Forget a file; one that is gone is no error, since an earlier try may have done it."""
@@ -139,13 +140,9 @@ class Client:
 
     def estimate(self, body: dict[str, Any]) -> dict[str, Any]:
         """What a job of this body would do and take, once it is ready or has failed."""
-        path, wait = "/v1/fine_tuning/estimates", {"params": {"wait": WAIT_SECONDS}}
+        path = "/v1/fine_tuning/estimates"
         found = self._create(path, json=body)
-        while found["status"] == "pending":
-            found = self._send("GET", f"{path}/{found['id']}", **wait)
-            if found["status"] == "pending":
-                self._expect_worker()
-        return found
+        return self._answer(f"{path}/{found['id']}") if found["status"] == "pending" else found
 
     def job(self, job_id: str, **params: Any) -> dict[str, Any]:
         """One job as it stands; with `wait` and `version` as soon as it is of another version."""
