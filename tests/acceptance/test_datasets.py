@@ -1,6 +1,6 @@
 """Files through the whole service: every one gets its verdict, and none harms the service.
 
-API, worker and broker are processes as in the field, on both databases. The larger collection of bad inputs comes from a
+API, worker and broker are processes as in the field, and so is PostgreSQL. The larger collection of bad inputs comes from a
 generator that is not part of the project; where it is absent its test says so and skips. The most telling of its
 cases, and some of our own, are made here.
 """
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.settings import Settings
+from tests.conftest import migrated
 from tests.sat_core.tiny import write_model
 from tests.service import Worker, api, eventually
 
@@ -110,11 +111,17 @@ class Service:
         return eventually(answered, seconds=600) or {}
 
 
-@pytest.fixture
-def service(quick: Settings, broker_url: str) -> Iterator[Service]:
+@pytest.fixture(scope="module")
+def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, broker_url: str
+) -> Iterator[Service]:
     """API and worker, with a tiny model."""
-    write_model(quick.data_dir / "models" / "tiny")
-    settings = quick.model_copy(update={"broker_url": broker_url, "lease_seconds": 15.0})
+    data_dir = tmp_path_factory.mktemp("service")
+    write_model(data_dir / "models" / "tiny")
+    url = migrated("postgresql", request, data_dir)
+    settings = Settings(
+        data_dir=data_dir, database_url=url, broker_url=broker_url, sweep_seconds=0.3
+    )
     worker = Worker(settings)
     try:
         with api(settings) as client:
@@ -217,9 +224,7 @@ def test_every_bad_input_of_ours_gets_its_verdict(service: Service) -> None:
         assert error["problems"][0]["code"] == code
 
 
-# Once: what a database may refuse is among our own cases.
 @pytest.mark.slow
-@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 @pytest.mark.skipif(not GENERATOR.exists(), reason="the shared bad inputs are not here")
 @pytest.mark.skipif(
     not os.environ.get("SATUNE_ALL_BAD_INPUTS"),

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from jobs.settings import Settings
+from tests.conftest import migrated
 from tests.sat_core.tiny import write_model, write_text
 from tests.service import Worker, api, eventually
 
 ESTIMATES, JOBS = "/v1/fine_tuning/estimates", "/v1/fine_tuning/jobs"
 FACTOR = 3
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """PostgreSQL alone; `tests/jobs` asks both what is past."""
+    return migrated("postgresql", request, tmp_path)
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """What a user's script does with OpenAI's client, and nothing that needs Satune: base_url and api_key are other ones.
 
 A program of its own, because each version of the client lives in an environment of its own. It is told all it needs as one
-JSON object, says each step when it is done, and ends with status 0 where every answer was whole and as expected.
+JSON object, says each step when it is done, and ends with status 0 where every answer was whole and as expected. A journey is
+made by two clients at once, a plain one and one with strict validation: each asks everything, and each changes something.
 """
 
 import hashlib
 import json
 import sys
 import time
+from functools import partial
 
 import openai
 from pydantic import BaseModel
@@ -145,69 +147,78 @@ def chat(client, model):
     assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
 
 
-def journey(client, order):
+def journey(plain, strict, order):
     """From a file to a model and back to nothing."""
-    jobs = client.fine_tuning.jobs
+    clients = (plain, strict)
 
     def when(job, happened):
-        return until(lambda: jobs.retrieve(job.id), happened)
+        return [until(partial(c.fine_tuning.jobs.retrieve, job.id), happened) for c in clients]
 
     rows = "".join(json.dumps(row) + "\n" for row in order["rows"]).encode()
-    file, parts = upload(client, rows)
+    files = [upload(client, rows) for client in clients]
+    (file, _), (_, parts) = files
     yield "upload"
 
-    long = begin(client, order, file, 100_000, suffix="long", metadata={"client": order["name"]})
-    short = begin(client, order, parts, 3, validation_file=file)
+    long = begin(strict, order, file, 100_000, suffix="long", metadata={"client": order["name"]})
+    short = begin(plain, order, parts, 3, validation_file=file)
     assert (long.object, long.user_provided_suffix) == ("fine_tuning.job", "long")
     assert long.hyperparameters.batch_size == 4
-    errors(client, order, rows, file)
+    for client in clients:
+        errors(client, order, rows, file)
     yield "create, and what is refused"
 
-    listed = list(jobs.list(metadata={"client": order["name"]}, limit=1))
-    assert [whole(job).id for job in listed] == [long.id]
-    assert {long.id, short.id} <= {job.id for job in jobs.list(limit=1)}
+    for client in clients:
+        listed = list(client.fine_tuning.jobs.list(metadata={"client": order["name"]}, limit=1))
+        assert [whole(job).id for job in listed] == [long.id]
+        assert {long.id, short.id} <= {job.id for job in client.fine_tuning.jobs.list(limit=1)}
     when(long, lambda j: j.status == "running" and stepped(j))
-    events = [whole(event) for event in jobs.list_events(long.id, limit=2)]
-    assert len(events) == len({event.id for event in events}) > 2
+    for client in clients:
+        events = [whole(event) for event in client.fine_tuning.jobs.list_events(long.id, limit=2)]
+        assert len(events) == len({event.id for event in events}) > 2
     yield "list, events"
 
-    assert whole(jobs.pause(long.id)).id == long.id
+    assert whole(strict.fine_tuning.jobs.pause(long.id)).id == long.id
     paused = when(long, lambda j: j.status_detail["state"] == "by_user")
     # A client that checks every answer knows six statuses; a plain one is told the seventh.
-    assert paused.status == ("queued" if order["strict"] else "paused")
-    checkpoint = whole(jobs.checkpoints.list(long.id).data)[0]
-    assert checkpoint.step_number >= 1
+    assert [job.status for job in paused] == ["paused", "queued"]
+    for client in clients:
+        checkpoint = whole(client.fine_tuning.jobs.checkpoints.list(long.id).data)[0]
+        assert checkpoint.step_number >= 1
     yield "pause, checkpoints"
 
-    ended = when(short, lambda j: j.status in TERMINAL)
-    assert ended.status == "succeeded", ended.error
-    assert ended.hyperparameters.n_epochs != "auto"
-    table = client.files.content(ended.result_files[0]).text
-    assert table.startswith("step,train_loss")
-    model = ended.fine_tuned_model
-    assert whole(client.models.retrieve(model)).id == model
-    assert {order["model"], model} <= {whole(m).id for m in client.models.list()}
+    for client, ended in zip(clients, when(short, lambda j: j.status in TERMINAL), strict=True):
+        assert ended.status == "succeeded", ended.error
+        assert ended.hyperparameters.n_epochs != "auto"
+        table = client.files.content(ended.result_files[0]).text
+        assert table.startswith("step,train_loss")
+        model = ended.fine_tuned_model
+        assert whole(client.models.retrieve(model)).id == model
+        assert {order["model"], model} <= {whole(m).id for m in client.models.list()}
     yield "result, models"
 
-    chat(client, model)
-    chat(client, checkpoint.fine_tuned_model_checkpoint)
+    for name in (model, checkpoint.fine_tuned_model_checkpoint):
+        for client in clients:
+            chat(client, name)
     yield "chat"
 
-    assert whole(jobs.resume(long.id)).id == long.id
+    assert whole(plain.fine_tuning.jobs.resume(long.id)).id == long.id
     step = checkpoint.step_number
     when(long, lambda j: j.status == "running" and stepped(j) > step)
     yield "resume"
 
-    jobs.cancel(long.id)
-    gone = when(long, lambda j: j.status in TERMINAL)
-    assert (gone.status, gone.error) == ("cancelled", None)
-    assert refused(openai.ConflictError, lambda: jobs.resume(long.id)).code == "job_terminal"
+    plain.fine_tuning.jobs.cancel(long.id)
+    for gone in when(long, lambda j: j.status in TERMINAL):
+        assert (gone.status, gone.error) == ("cancelled", None)
+    for client in clients:
+        again = refused(openai.ConflictError, partial(client.fine_tuning.jobs.resume, long.id))
+        assert again.code == "job_terminal"
     yield "cancel"
 
-    assert whole(client.models.delete(model)).deleted
-    assert refused(openai.NotFoundError, lambda: client.models.retrieve(model))
-    for name in (file, parts):
-        assert whole(client.files.delete(name)).deleted
+    assert whole(strict.models.delete(model)).deleted
+    for client, names in zip(clients, files, strict=True):
+        assert refused(openai.NotFoundError, partial(client.models.retrieve, model))
+        for name in names:
+            assert whole(client.files.delete(name)).deleted
     yield "delete"
 
 
@@ -224,16 +235,24 @@ def one_job(client, order):
     yield json.dumps({"id": whole(raw.parse()).id, "headers": dict(raw.headers)})
 
 
-def main(order):
-    """Do what the order says; prints the steps."""
-    compat = {"x-compat": "strict"} if order["strict"] else {}
-    with openai.OpenAI(
+def connect(order, *, strict):
+    """A client, unmodified."""
+    return openai.OpenAI(
         base_url=order["base_url"],
         api_key=order["api_key"],
-        default_headers=compat,
-        _strict_response_validation=order["strict"],
-    ) as client:
-        for done in {"journey": journey, "one_job": one_job}[order["do"]](client, order):
+        default_headers={"x-compat": "strict"} if strict else {},
+        _strict_response_validation=strict,
+    )
+
+
+def main(order):
+    """Do what the order says; prints the steps."""
+    with connect(order, strict=False) as plain, connect(order, strict=True) as strict:
+        if order["do"] == "journey":
+            steps = journey(plain, strict, order)
+        else:
+            steps = one_job(strict if order["strict"] else plain, order)
+        for done in steps:
             print(done, flush=True)  # noqa: T201 - the test reads it
 
 

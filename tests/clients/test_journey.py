@@ -1,10 +1,12 @@
-"""Change base_url and api_key, nothing else: whole rounds with a real job, by every client."""
+"""Change base_url and api_key, nothing else: whole rounds with a real job, by every client; in Python by a strict one too."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+
+from .conftest import CLIENTS
 
 if TYPE_CHECKING:
     from tests.cli.running import Up
@@ -19,6 +21,9 @@ ROWS = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "client", [client for client in CLIENTS if not client.strict], ids=str, indirect=True
+)
 def test_a_whole_journey(client: Client, service: Up):
     connection = service.connection
     steps = client.run(

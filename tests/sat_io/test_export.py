@@ -60,7 +60,7 @@ def export(root: Path, model: Path, target: str, dtype: str, **more: Any) -> Pat
     config = {
         "format": "satune.export/1",
         "model": {"name": "ft:local/tiny:default::01234567", "path": str(model)},
-        "base": {"name": "local/tiny", "path": None, "revision": None},
+        "base": {"name": "local/tiny", "path": str(model), "revision": None},
         "target": target,
         "dtype": dtype,
         **more,
