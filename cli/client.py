@@ -114,13 +114,13 @@ class Client:
 
     def _answer(self, path: str, **params: Any) -> dict[str, Any]:
         """What a worker makes of a question, or soon the news that none lives."""
-        for wait in itertools.chain([2], itertools.repeat(WAIT_SECONDS)):
-            found = self._send("GET", path, params={"wait": wait, **params})
+        waits = itertools.chain([2], itertools.repeat(WAIT_SECONDS))
+        while True:
+            found = self._send("GET", path, params={"wait": next(waits), **params})
             if found["status"] != "pending":
-                break
+                return found
             if not self._send("GET", "/v1/sat/capabilities")["workers"]["slots"]["prepare"]:
                 raise CliError("No worker of this service is alive to answer that.", NOT_NOW)
-        return found
 
     def delete_file(self, file_id: str) -> None:
         """Forget a file; one that is gone is no error, since an earlier try may have done it."""

@@ -7,20 +7,19 @@ Tolerance: ranks sum a batch's gradients in another order than one process does,
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.sat_core.ranks import Forked, Torchrun
 from tests.sat_core.test_run import losses, start, wait_for_step
 from tests.sat_core.tiny import prepare, read_events, run_core, write_model, write_text
 
 pytestmark = pytest.mark.slow
+Program = type[Forked] | type[Torchrun]
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 2e-4
 SAT: dict[str, Any] = {
     "omission_rate": {"mlp": 0.5, "attention": 0.25},
@@ -45,17 +44,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_two_processes_equal_one(alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     whole, prepared = alone
     pair = start(tmp_path / "pair", prepared)
-    assert finish(launch(pair)) == 0
+    assert Torchrun(pair).codes() == [0, 0]
     assert events_are_whole(pair)
     same_run(whole, pair)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("program", "ranks"), [(Torchrun, 2), (Forked, 1)])
 def test_two_stopped_processes_go_on(
-    alone: tuple[Path, dict[str, Any]], tmp_path: Path, ranks: int
+    alone: tuple[Path, dict[str, Any]], tmp_path: Path, program: Program, ranks: int
 ) -> None:
     whole, prepared = alone
-    first, second = stopped_and_resumed(tmp_path, prepared, ranks)
+    first, second = stopped_and_resumed(tmp_path, prepared, ranks, program)
     assert losses(first).keys() | losses(second).keys() == losses(whole).keys()
     assert close({**losses(first), **losses(second)}, losses(whole))
     same_weights(whole, second)
@@ -68,7 +67,7 @@ def test_ranks_with_dropout_stop_and_go_on(tmp_path: Path) -> None:
     data = write_text(tmp_path / "data.jsonl")
     prepared = prepare(tmp_path, data=data, sat=SAT, hyperparameters={"batch_size": 4})
     pair = start(tmp_path / "pair", prepared)
-    assert finish(launch(pair)) == 0
+    assert Forked(pair).codes() == [0, 0]
     first, second = stopped_and_resumed(tmp_path, prepared, 2)
     assert close({**losses(first), **losses(second)}, losses(pair))
     same_weights(pair, second)
@@ -78,47 +77,25 @@ def test_a_batch_smaller_than_the_ranks_is_refused(
     alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     pair = start(tmp_path / "pair", alone[1], batch_size=1)
-    assert finish(launch(pair)) != 0
+    assert Forked(pair).codes() == [20, 20]
     last = read_events(pair)[-1]
     assert (last["kind"], last["param"]) == ("failed", "hyperparameters.batch_size")
 
 
-def launch(folder: Path, ranks: int = 2) -> subprocess.Popen[str]:
-    """The program under torchrun, on CPUs."""
-    command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} -m sat_core train"
-    return subprocess.Popen(
-        [sys.executable, *command.split(), str(folder)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
-def finish(child: subprocess.Popen[str]) -> int:
-    """Exit code of the launcher, whose words are shown where the test fails."""
-    _, words = child.communicate(timeout=120)
-    sys.stderr.write(words)
-    return child.returncode
-
-
 def stopped_and_resumed(
-    root: Path, prepared: dict[str, Any], ranks: int, **changes: Any
+    root: Path, prepared: dict[str, Any], ranks: int, program: Program = Forked, **changes: Any
 ) -> tuple[Path, Path]:
     """A run of two that one SIGTERM to one rank stopped, and its end by `ranks` processes."""
     first = start(root / "1", prepared, **changes)
-    child = launch(first)
+    pair = program(first)
     wait_for_step(first, 7)
-    pids = psutil.Process(child.pid).children()
-    assert len(pids) == 2
-    pids[1].send_signal(signal.SIGTERM)
-    _, words = child.communicate(timeout=120)
-    codes = [line.split()[2] for line in words.splitlines() if "exitcode  :" in line]
-    assert codes == ["10", "10"], words
+    os.kill(pair.pids[1], signal.SIGTERM)
+    assert pair.codes() == [10, 10]
     stopped = read_events(first)[-1]
     newest = sorted((first / "checkpoints").glob("step-*"))[-1]
     assert (stopped["kind"], stopped["step"]) == ("stopped", int(newest.name[5:]))
     second = start(root / "2", prepared, **changes, resume_from=str(newest))
-    assert finish(launch(second, ranks)) == 0
+    assert program(second, ranks).codes() == [0] * ranks
     return first, second
 
 

@@ -1,6 +1,5 @@
 """Two processes that share the layers (FSDP2) train what one process trains; tolerances are those of `test_parallel`."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from sat_core.plan.request import RunRequest
 from sat_core.plan.resolve import resolve
 from sat_core.sharding import Sharding
 from sat_core.sparsity import Sparsity
+from tests.sat_core.ranks import Forked, join
 from tests.sat_core.test_parallel import (
     SAT,
     close,
     events_are_whole,
-    finish,
-    launch,
     same_run,
     same_weights,
     stopped_and_resumed,
@@ -77,7 +75,7 @@ def test_two_sharded_processes_equal_one(
 ) -> None:
     whole, prepared = alone
     pair = start(tmp_path / "pair", prepared, sharding="fsdp")
-    assert finish(launch(pair)) == 0
+    assert Forked(pair).codes() == [0, 0]
     assert events_are_whole(pair)
     same_run(whole, pair)
     one, two = (
@@ -97,7 +95,7 @@ def test_sharded_processes_allot_by_sensitivity(
     whole, prepared = alone
     sat = {**prepared["config"]["sat"], "allotment": "sensitivity"}
     pair = start(tmp_path / "pair", prepared, sharding="fsdp", sat=sat)
-    assert finish(launch(pair)) == 0
+    assert Forked(pair).codes() == [0, 0]
     assert events_are_whole(pair)
     told = [e for e in read_events(pair) if e["kind"] == "selection" and e["stage_begins"]]
     full = next(e for e in told if e["share"] == 1.0)
@@ -132,14 +130,14 @@ def test_slices_go_on_from_what_one_process_wrote(
     whole, prepared = alone
     point = str(whole / "checkpoints" / "step-000010")
     pair = start(tmp_path / "pair", prepared, sharding="fsdp", resume_from=point)
-    assert finish(launch(pair)) == 0
+    assert Forked(pair).codes() == [0, 0]
     same_weights(whole, pair)
 
 
 @pytest.mark.parametrize("alone", ["probed"], indirect=True)
 def test_an_altered_slice_is_not_opened(alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     pair = start(tmp_path / "pair", alone[1], sharding="fsdp", total_steps=5)
-    assert finish(launch(pair)) == 0
+    assert Forked(pair).codes() == [0, 0]
     saved = next((pair / "checkpoints").glob("step-*"))
     assert verify(saved)["step"] == 5
     metadata = saved / "optimizer" / ".metadata"
@@ -157,7 +155,9 @@ FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox", "phi3", "falcon", "mixtral")
 
 def test_every_family_in_slices_equals_itself_whole(tmp_path: Path) -> None:
     """In float64, with biases, fused and transposed projections and experts: to 1e-9 after five steps."""
-    torch.multiprocessing.spawn(_train_all_in_slices, args=(str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _train_all_in_slices, args=(str(tmp_path),), nprocs=2, start_method="forkserver"
+    )
     for name in FAMILIES:
         whole, found = _train_family(name, Parallel()), load_file(tmp_path / f"{name}.safetensors")
         assert whole.keys() == found.keys()
@@ -166,11 +166,7 @@ def test_every_family_in_slices_equals_itself_whole(tmp_path: Path) -> None:
 
 
 def _train_all_in_slices(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    join(folder, rank, 2)
     parallel = Parallel()
     for name in FAMILIES:
         state = _train_family(name, parallel)
