@@ -43,11 +43,15 @@ def _without_torch() -> None:
     Reading rows needs a tokenizer and no tensor: this saves three quarters of the seconds of a short command, and hundreds of
     megabytes.
     """
-    sys.modules["torch"] = None  # type: ignore[assignment]  # the import system's own word for "not here"
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of its being missing
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the import system's own word for "not here"
+    from transformers.utils.import_utils import is_torch_available
+
+    is_torch_available()  # asked once and remembered; others must not trip over the None
+    del sys.modules["torch"]
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] not in WITH_TORCH:
+    if not {*WITH_TORCH} & {*sys.argv}:
         _without_torch()
     sys.exit(main())
