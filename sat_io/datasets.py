@@ -20,7 +20,7 @@ from sat_core.plan.families import ModelShape, shape_of
 from sat_core.plan.memory import memory_bytes
 from sat_core.plan.quote import quote
 from sat_core.plan.request import MixFile, RunRequest
-from sat_core.plan.resolve import check_mode, max_seq_len, refuse_missing, resolve
+from sat_core.plan.resolve import check_mode, max_seq_len, resolve
 from sat_core.tokenizer import hub_revision, load_tokenizer, model_config
 from sat_io.costs import Costs
 from sat_io.intake import Tokens
@@ -162,7 +162,6 @@ def _job(config: dict[str, Any], events: Events) -> _Job:
         )
     request = RunRequest.from_dict(config["request"])
     check_mode(request)
-    refuse_missing(request)
     model = config["model"]
     source = model["path"] or model["name"]
     revision = model["revision"] or (None if model["path"] else hub_revision(model["name"]))

@@ -59,7 +59,7 @@ class Schedule:
     dense_start: float = setting(0.05, "Share of all steps trained dense first.", ge=0, le=1)
     sparse_share: float = setting(
         0.7,
-        "Share of all steps after which the rungs begin; 1 never trains the whole model.",
+        "Share of all steps after which the rungs begin; 1 leaves out the dense end.",
         ge=0,
         le=1,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sat_core.plan.accounting import attention_units, run_flops_ratio
@@ -272,10 +271,9 @@ def _warnings(config: SatConfig, shape: ModelShape) -> list[str]:
         for kind, rate, limit in rates
         if rate > limit
     ]
-    if config.sparse and config.sparse_share == 1:
+    if config.sparse and config.ladder.phases()[-1].share > 0:
         warnings.append(
-            "sat.schedule.sparse_share is 1: no step trains the whole model at the end, so the result is a model whose units "
-            "never worked together."
+            "sat.schedule.sparse_share is 1: the run ends sparse, and no step at its end trains all units together."
         )
     units = attention_units(shape, config.attention_unit)
     if config.attention_rate > 0 and units == 1:
@@ -287,25 +285,6 @@ def _warnings(config: SatConfig, shape: ModelShape) -> list[str]:
             f"A layer has {units} attention units that can sleep, so the attention rate is realised coarsely."
         )
     return warnings
-
-
-def refuse_missing(request: RunRequest) -> None:
-    """Refuse what this machine lacks the library for; to be asked where the run will be, before its data are read.
-
-    Raises:
-        ConfigError: with code missing_dependency.
-    """
-    train = request.sat.train
-    for name, value, needs, library in (
-        ("optimizer", train.optimizer, "adamw_8bit", "torchao"),
-        ("tuning", train.tuning, "lora", "peft"),
-    ):
-        if value == needs and find_spec(library) is None:
-            raise ConfigError(
-                f"sat.train.{name} is {value!r}, which needs {library} where the workers run: pip install {library}.",
-                f"sat.train.{name}",
-                "missing_dependency",
-            )
 
 
 def check_mode(request: RunRequest) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +147,6 @@ def test_a_second_preparation_of_the_same_data_finds_it_ready(tmp_path: Path) ->
             {"mode": "off", "omission_rate": {"mlp": 0.5}},
             "conflicting_parameters",
             "drop one",
-        ),
-        pytest.param(
-            json.dumps(MESSAGES),
-            {"train": {"optimizer": "adamw_8bit"}},
-            "missing_dependency",
-            "pip install torchao",
-            marks=pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is here"),
         ),
     ],
 )
