@@ -114,7 +114,7 @@ class Judge:
             self.measures.last_step = counters.step
             return
         self.events.state("evaluating", f"Evaluating on {len(self.held)} held-out sequences")
-        found = self._held_out(counters.micro_batch_size or self.config.micro_batch_size, alive)
+        found = self._held_out(counters.fitting(self.config.micro_batch_size), alive)
         if found is None:
             return
         self.measures.first = self.measures.first or found

@@ -347,8 +347,11 @@ def mean_loss(model: Any, inputs: Inputs) -> float | None:
     if isinstance(inputs, Batch):
         found = token_loss(model, inputs)
         return float(found.total) / found.labels if found.labels else None
-    loss = model(**inputs).loss
-    return None if loss is None else float(loss)
+    if "labels" not in inputs:
+        model(**inputs)
+        return None
+    total, labels = summed_loss(model, inputs)
+    return float(total) / labels if labels else None
 
 
 def valid_tokens(inputs: Inputs) -> Tensor:

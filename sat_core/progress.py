@@ -45,6 +45,10 @@ class Counters:
     mlp_rate_sum: float = 0.0
     attention_rate_sum: float = 0.0
 
+    def fitting(self, configured: int) -> int:
+        """Sequences in a forward: what memory has held; a run that goes on may be given less than its checkpoint says."""
+        return min(self.micro_batch_size or configured, configured)
+
 
 @dataclass
 class StepResult:

@@ -347,7 +347,7 @@ def moving() -> Iterator[None]:
             raise
         raise PlanError(
             f"Memory ran out while units were put to sleep or woken: {error}. The model in memory is lost, the last "
-            "checkpoint is not. With sat.asleep_on 'host' less is needed.",
+            "checkpoint is not. Less is needed with sat.asleep_on 'host', where it is not that already.",
             "sat.asleep_on",
             "out_of_memory",
         ) from error

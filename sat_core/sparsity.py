@@ -261,7 +261,7 @@ class Sparsity:
     @contextmanager
     def dense_model(self) -> Iterator[None]:
         """Within, the whole model is dense, gradients included; without dropout, but where layers are checkpointed."""
-        with self._eager_layers(quiet=not self.core.is_activation_checkpointing):
+        with self.eager_layers(quiet=not self.core.is_activation_checkpointing):
             try:
                 for block in self.blocks:
                     block.widen()
@@ -271,7 +271,7 @@ class Sparsity:
                     block.narrow()
 
     @contextmanager
-    def _eager_layers(self, *, quiet: bool = True) -> Iterator[None]:
+    def eager_layers(self, *, quiet: bool = True) -> Iterator[None]:
         """Compiled layers run eagerly meanwhile: their graphs are of narrow shapes, and hooks would be a recompile.
 
         `quiet` turns dropout off, which would make two losses of one batch differ and use up random numbers.
@@ -302,7 +302,7 @@ class Sparsity:
                         lambda *_, b=block: b.narrow(), always_call=True
                     ),
                 ]
-            with self._eager_layers():
+            with self.eager_layers():
                 yield
         finally:
             for hook in hooks:

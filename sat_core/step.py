@@ -138,15 +138,9 @@ class Stepper:
         config, counters = self.config, self.counters
         indices = self.corpus.indices_at(counters.step, config.batch_size, config.seed)
         mine = self.parts.parallel.share(indices)
-        size = self._micro_batch_size
+        size = counters.fitting(config.micro_batch_size)
         device = self.parts.device
         return [self.corpus.batch(mine[i : i + size], device) for i in range(0, len(mine), size)]
-
-    @property
-    def _micro_batch_size(self) -> int:
-        """What memory has held so far; a run that goes on may be given less than its checkpoint says."""
-        configured = self.config.micro_batch_size
-        return min(self.counters.micro_batch_size or configured, configured)
 
     def _gradients(self, batches: list[Batch]) -> StepResult:
         """Forward and backward of all micro-batches, summed over ranks and clipped."""
@@ -229,7 +223,7 @@ class Stepper:
         Raises:
             PlanError: with code out_of_memory, where it cannot be less.
         """
-        size = self._micro_batch_size
+        size = self.counters.fitting(self.config.micro_batch_size)
         if size == 1:
             raise PlanError(
                 f"Memory does not hold a micro-batch of {size}: {lack}. "

@@ -70,7 +70,7 @@ def probe_passes(sat: SatConfig, *, stage_begins: bool) -> int:
     by_errors = stage_begins and sat.allotment == "sensitivity"
     if by_errors or sat.metric in GRADIENT_METRICS:
         return 3
-    looks = by_errors or sat.metric not in WEIGHT_METRICS or sat.max_gap > 0 or sat.compensation
+    looks = sat.metric not in WEIGHT_METRICS or sat.max_gap > 0 or sat.compensation
     return int(looks)
 
 
