@@ -8,11 +8,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs.models import JobRow
+from jobs.models import AttemptRow, JobRow
 from jobs.recording import add_event
 from jobs.states import WAITING, Desired, Stage, Status, allowed
+
+# How an attempt ended that the next one makes with a smaller micro-batch.
+LACKED_MEMORY = "out_of_memory"
 
 
 def move(row: JobRow, target: Status) -> None:
@@ -83,9 +87,16 @@ def count_failure(
     max_failures: int,
     retry_seconds: float,
 ) -> None:
-    """A run died: try again later, or fail where it has died too often."""
+    """A run died: try again later, or fail where it has died too often.
+
+    One that ended for lack of memory goes on with less: no number of those is too many.
+    """
     row.failures += 1
-    if row.failures >= max_failures and row.desired != Desired.CANCEL:
+    lacks = select(func.count()).where(
+        AttemptRow.job_id == row.id, AttemptRow.outcome == LACKED_MEMORY
+    )
+    deaths = row.failures - (session.scalar(lacks) or 0)
+    if deaths >= max_failures and row.desired != Desired.CANCEL:
         tries = f" It was tried {row.failures} times." if row.failures > 1 else ""
         fail_row(session, row, {**error, "message": f"{error['message']}.{tries}"})
         return

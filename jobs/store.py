@@ -21,7 +21,7 @@ from jobs.integrations import Integrations, add_integrations
 from jobs.library import Library, file_row, lock_content, record_of
 from jobs.measures import Measures
 from jobs.models import AttemptRow, CheckpointRow, JobRow, ModelRow
-from jobs.moves import count_failure, end, fail_row, give_back, move, obey, tell
+from jobs.moves import LACKED_MEMORY, count_failure, end, fail_row, give_back, move, obey, tell
 from jobs.pins import Pins
 from jobs.pulses import Pulses
 from jobs.quotas import in_turn, may_start, take_queue_place
@@ -40,8 +40,6 @@ from jobs.waiting import Waiting
 from jobs.webhooks import Webhooks
 from jobs.wishes import Wishes
 
-# How an attempt ended that the next one makes with a smaller micro-batch.
-LACKED_MEMORY = "out_of_memory"
 _PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 
 

@@ -55,6 +55,7 @@ class Child:
             bounds: kept by the kernel, on Linux.
         """
         self.log = folder / "log.txt"
+        self.killed = False  # by us, while it ran
         module = "sat_core" if command == Stage.TRAIN else "sat_io"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -104,6 +105,7 @@ class Child:
 
     def kill(self) -> None:
         """End it and whatever it started, now."""
+        self.killed |= self.process.poll() is None
         self._signal(signal.SIGKILL)
         self.process.wait()
 

@@ -23,11 +23,12 @@ from jobs import quoting
 from jobs.artifacts import Artifacts
 from jobs.csv_table import csv_table
 from jobs.errors import LeaseLost, NotFound, StoreUnavailable
+from jobs.moves import LACKED_MEMORY
 from jobs.names import result_name
 from jobs.settings import Settings
 from jobs.spec import Claim, NewFile, new_id
 from jobs.states import Desired, Stage
-from jobs.store import LACKED_MEMORY, Store
+from jobs.store import Store
 from worker.child import Child
 from worker.energy import Meter
 from worker.inputs import PREPARE_FORMAT, Inputs
@@ -88,7 +89,9 @@ class Runner:
         except LeaseLost as error:
             log.warning("Standing down: %s", error)
         except EventsUnsupported as unsupported:
-            self.store.fail(self.claim, unsupported.error)
+            log.error("%s It claims nothing more.", unsupported)
+            self.store.release(self.claim, f"{unsupported}")
+            self.stopping.set()
         except NotFound as error:
             self.store.fail(self.claim, {"code": "not_found", "message": f"{error}", "param": None})
 
@@ -188,7 +191,7 @@ class Runner:
             self.store.finish_prepare(self.claim, self._prepared())
         elif code == DONE and self.result:
             self._publish(self.result)
-        elif self._lacks_memory(code):
+        elif self._lacks_memory(child, code):
             self._try_smaller(code)
         elif code == FAILED and self.failure:
             self.store.fail(self.claim, self.failure)
@@ -219,17 +222,18 @@ class Runner:
         asked = int((self.claim.job.config or {}).get("micro_batch_size", 1))
         return max(1, asked >> self.claim.memory_lacks)
 
-    def _lacks_memory(self, code: int) -> bool:
+    def _lacks_memory(self, child: Child, code: int) -> bool:
         """Whether it ended for lack of memory and would take less with a smaller micro-batch.
 
-        A kernel says so by SIGKILL and counts it. A run that has come down to single sequences names max_seq_len.
+        A kernel says so by SIGKILL and counts it; a SIGKILL of ours says nothing. A run that has come down to single sequences names max_seq_len.
         """
         if self.claim.stage is not Stage.TRAIN or self._micro_batch_size == 1:
             return False
         if code == FAILED and self.failure is not None:
             hopeless = self.failure["param"] == "sat.train.max_seq_len"
             return self.failure["code"] == LACKED_MEMORY and not hopeless
-        return code == -signal.SIGKILL and memory_kills() > self._kills_before
+        by_kernel = code == -signal.SIGKILL and not child.killed
+        return by_kernel and memory_kills() > self._kills_before
 
     def _try_smaller(self, code: int) -> None:
         """From the newest checkpoint, with the same global batch. It ends: a micro-batch can be halved so often."""
@@ -242,7 +246,7 @@ class Runner:
         self.store.crash(
             self.claim,
             error,
-            max_failures=self.settings.max_failures + self.claim.memory_lacks + 1,
+            max_failures=self.settings.max_failures,
             retry_seconds=self.settings.retry_seconds,
             outcome=LACKED_MEMORY,
         )

@@ -19,8 +19,8 @@ class EventsUnsupported(Exception):
 
     def __init__(self, found: object) -> None:
         message = (
-            f"The run's events have format {found!r}; this worker reads {EVENTS_FORMAT!r}. "
-            "Restart the worker, so that both are of one release, and start the job anew."
+            f"The events have format {found!r}; this worker reads {EVENTS_FORMAT!r}. "
+            "Restart the worker, so that it and its programs are of one release."
         )
         super().__init__(message)
         self.error = {"code": "events_unsupported", "message": message, "param": None}

@@ -50,7 +50,6 @@ FAILURE_HELP = {
     "loss_not_finite": "Lower the learning rate, or the omission rate; then look at the last steps in the chart.",
     "no_checkpoint": "Start the job anew; the checkpoint it was to go on from is not whole.",
     "checkpoint_unsupported": "Train it on with the release of Satune that wrote the checkpoint, or start the job anew.",
-    "events_unsupported": "Restart the worker, so that it and its runs are of one release, and start the job anew.",
     "worker_lost": "The machine or its worker went away several times. Start a new job once it stays up.",
     "internal_error": "The training process ended without a reason. The log in its run folder may name one.",
     "invalid_value": "Correct the named setting and start a new job.",

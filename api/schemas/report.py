@@ -29,7 +29,8 @@ class JobConfig(BaseModel):
 
     `body` is the create body with every default stated: sent to `/v1/fine_tuning/jobs`, or as a file to `satune submit`, it
     starts the same run once more. `resolved` is what the files made of it, the `config.json` that `python -m sat_core train`
-    reads, frozen before the first step; `hardware` is what it was resolved for. Both are null until the files were read.
+    reads, frozen before the first step (an attempt that lacked memory is followed by one with smaller micro-batches; the
+    job's events say so); `hardware` is what it was resolved for. Both are null until the files were read.
     """
 
     id: str

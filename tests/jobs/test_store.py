@@ -15,6 +15,7 @@ from jobs.errors import (
     LeaseLost,
     NotFound,
 )
+from jobs.moves import LACKED_MEMORY
 from jobs.spec import Claim, JobRecord, NewFile, NewJob
 from jobs.states import Stage
 from jobs.store import Store
@@ -240,6 +241,20 @@ def test_crashes_are_counted_and_pauses_are_not(store: Store) -> None:
     assert (done.status, done.failures) == ("failed", 3)
     assert done.error is not None
     assert "tried 3 times" in done.error["message"]
+
+
+def test_a_lack_of_memory_leaves_a_job_as_many_lives_as_it_had(store: Store) -> None:
+    job = add_job(store)
+    claim = training(store)
+    for _ in range(4):
+        store.crash(claim, ERROR, **LIMITS, outcome=LACKED_MEMORY)
+        claim = claimed(store, Stage.TRAIN)
+    for _ in range(2):
+        store.crash(claim, ERROR, **LIMITS)
+        claim = claimed(store, Stage.TRAIN)
+    lease = next(lease for lease in store.leases() if lease.job_id == job.id)
+    assert store.expire(lease, **LIMITS)
+    assert store.get_job("default", job.id).status == "failed"
 
 
 def test_metrics_are_written_once_whoever_tells_them(store: Store) -> None:
