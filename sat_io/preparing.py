@@ -69,6 +69,9 @@ class Preparation:
             try:
                 self._write(scratch)
                 scratch.chmod(0o755)
+                for path in scratch.iterdir():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
                 if not folder.exists():
                     scratch.rename(folder)
             finally:
@@ -127,7 +130,8 @@ class Preparation:
                 "validation": held.finish(),
                 "files": files,
             }
-        sources = [s.fingerprint for s in self._sources]
+        # Of files alone: what of the hub a corpus was made of is not here to be deleted.
+        sources = [s.fingerprint for s in self._sources if s.path]
         (folder / "corpus.json").write_text(
             json.dumps({"format": CORPUS_FORMAT, "sources": sources, "figures": figures}, indent=1),
             "utf-8",

@@ -179,10 +179,10 @@ class Host:
         )
 
     def _quietly(self, action: Callable[[], object]) -> bool:
-        """Do it; a database that is away is logged, and the next round tries again."""
+        """Do it; a database or a disk that is away is logged, and the next round tries again."""
         try:
             action()
-        except StoreUnavailable as error:
+        except (StoreUnavailable, OSError) as error:
             log.warning("%s", error)
             return False
         return True

@@ -61,14 +61,14 @@ class Janitor:
         """Rename aside first: whoever comes for it in this moment finds it whole or not at all."""
         needed = self.store.needed_corpora()
         for folder in self.artifacts.corpora.glob("[!.]*/"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 if folder.name not in needed and self._useless(folder):
                     aside = folder.with_name(f".gone-{secrets.token_hex(8)}")
                     folder.rename(aside)
                     shutil.rmtree(aside, ignore_errors=True)
                     log.info("Corpus %s is dropped", folder.name)
         for scratch in self.artifacts.corpora.glob(".*/"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 if time.time() - scratch.stat().st_mtime > CORPUS_SECONDS:
                     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -76,5 +76,8 @@ class Janitor:
         unused = time.time() - folder.stat().st_mtime
         if unused > CORPUS_SECONDS or unused < FRESH_CORPUS_SECONDS:
             return unused > CORPUS_SECONDS
-        made_of = json.loads((folder / "corpus.json").read_text("utf-8")).get("sources", [])
+        try:
+            made_of = json.loads((folder / "corpus.json").read_text("utf-8")).get("sources", [])
+        except ValueError:
+            return True  # cut short by a power cut
         return not all(self.artifacts.file(sha256).exists() for sha256 in made_of)

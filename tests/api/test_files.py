@@ -236,6 +236,7 @@ def test_a_corpus_goes_with_its_files_and_with_time_but_never_from_a_job(client,
     here = services.store.get_file("default", file).sha256
     lasting = [made("used", here, 100), made("fresh", "0" * 64, 0.5), made("x", "0" * 64, 1000)]
     going = [made("old", here, 200), made("deleted", "0" * 64, 2)]
+    (made("cut", here, 2) / "corpus.json").write_bytes(b"")
     new_job(services)
     claim_job(services, 40)  # its corpus is `x`
     Janitor(services.settings, services.store).tidy(now=True)
