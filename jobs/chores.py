@@ -158,19 +158,26 @@ class Chores(Transactions):
             )
 
     def claim_chore(self, worker_id: str, *, chat: bool = False) -> ChoreRecord | None:
-        """Take a waiting chat, or else chore, of the project that has the fewest in work, the oldest; None where none is."""
-        in_work = (
-            select(ChoreRow.project, func.count().label("number"))
-            .where(ChoreRow.status == ChoreStatus.RUNNING, (ChoreRow.kind == CHAT) == chat)
+        """Take a waiting chat, or else chore; None where none is.
+
+        Of the project that has the fewest in work, then of the one that was served longest ago, the oldest.
+        """
+        served = (
+            select(
+                ChoreRow.project,
+                func.count().filter(ChoreRow.status == ChoreStatus.RUNNING).label("running"),
+                func.max(ChoreRow.started_at).label("last_at"),
+            )
+            .where((ChoreRow.kind == CHAT) == chat)
             .group_by(ChoreRow.project)
             .subquery()
         )
         with self.writing() as session:
             query = (
                 select(ChoreRow)
-                .outerjoin(in_work, in_work.c.project == ChoreRow.project)
+                .join(served, served.c.project == ChoreRow.project)
                 .where(ChoreRow.status == ChoreStatus.WAITING, (ChoreRow.kind == CHAT) == chat)
-                .order_by(func.coalesce(in_work.c.number, 0), ChoreRow.seq)
+                .order_by(served.c.running, func.coalesce(served.c.last_at, 0), ChoreRow.seq)
                 .limit(1)
             )
             row = session.scalar(query.with_for_update(of=ChoreRow, skip_locked=True))
