@@ -91,9 +91,13 @@ def _adapter(model: Path, target: Path, config: dict[str, Any]) -> None:
     """The LoRA adapters alone, as peft saves them."""
     from peft import LoraConfig
 
-    path = Path(config["adapters"])
-    if not path.is_file():
-        raise PlanError("The checkpoint has no adapters.", "format", code="format_not_supported")
+    path = config["adapters"]
+    if path is None:
+        raise PlanError(
+            "The adapters of this model lay in its checkpoint, which was deleted; allowed is safetensors.",
+            "format",
+            code="format_not_supported",
+        )
     dtype = DTYPES[config["dtype"]]
     # peft's files leave out the adapter's own name, which is "default".
     tensors = {

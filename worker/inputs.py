@@ -48,11 +48,12 @@ class Inputs:
         }
 
     def _adapters(self, model: ModelRecord) -> str | None:
-        """Beside a checkpoint's model; a result is the model of its job's last checkpoint."""
+        """Beside a checkpoint's model; a result is the model of its job's last step, unless that was deleted since."""
         folder = self.artifacts.absolute(model.path).parent
         if not is_checkpoint(model.id):
             last = self.store.checkpoints(self.project, model.job_id, limit=1).items
-            if not last:
+            ended_at = self.store.get_job(self.project, model.job_id).progress_step
+            if not last or last[0].step != ended_at:
                 return None
             folder = self.artifacts.absolute(last[0].path)
         path = folder / "adapters.safetensors"

@@ -17,13 +17,13 @@ from tests.sat_core.tiny import write_model, write_text
 from tests.service import Worker, api, eventually
 
 
-def ended(client: httpx.Client, url: str) -> dict:
+def ended(client: httpx.Client, url: str, status: str = "succeeded") -> dict:
     def look() -> dict | None:
         found: dict = client.get(url).json()
         return found if found["status"] in ("succeeded", "failed") else None
 
     found = eventually(look, seconds=240)
-    assert found["status"] == "succeeded", found["error"]
+    assert found["status"] == status, found["error"]
     return found
 
 
@@ -79,6 +79,15 @@ def test_a_lora_run_comes_home_whole_and_as_an_adapter(
             assert not torch.equal(logits(plain), wanted)
             adapted = PeftModel.from_pretrained(plain, homes["adapter"])
             torch.testing.assert_close(logits(adapted), wanted)
+
+            last, *others = client.get(f"{url}/checkpoints").json()["data"]
+            assert others
+            assert client.delete(f"/v1/models/{last['fine_tuned_model_checkpoint']}").is_success
+            asked = {"model": model, "format": "adapter", "dtype": "bfloat16"}
+            export = client.post("/v1/exports", json=asked).json()
+            error = ended(client, f"/v1/exports/{export['id']}", "failed")["error"]
+            assert error["code"] == "format_not_supported"
+            assert "which was deleted" in error["message"]
 
             report = client.get(f"{url}/report").json()
             assert report["steps"] == 4
