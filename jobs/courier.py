@@ -105,6 +105,9 @@ class Courier:
         except TimeoutError:
             late = f"The receiver did not answer within {TOTAL_SECONDS:g} s"
             return outcome or Outcome(status=None, error=late)
+        except httpx.HTTPError:
+            if outcome is None:  # what it said is known, whatever came of the rest
+                raise
         return outcome
 
     def _resolve(self, url: str) -> Address:
