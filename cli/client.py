@@ -113,13 +113,15 @@ class Client:
         return self._answer(f"/v1/files/{file_id}/validation", **params)
 
     def _answer(self, path: str, **params: Any) -> dict[str, Any]:
-        """What a worker makes of a question, or soon the news that none lives."""
-        waits = itertools.chain([2], itertools.repeat(WAIT_SECONDS))
+        """What a worker makes of a question, or soon the news that none lives; one may be starting."""
+        waits, absent = itertools.chain([2, 8], itertools.repeat(WAIT_SECONDS)), 0
         while True:
             found = self._send("GET", path, params={"wait": next(waits), **params})
             if found["status"] != "pending":
                 return found
-            if not self._send("GET", "/v1/sat/capabilities")["workers"]["slots"]["prepare"]:
+            alive = self._send("GET", "/v1/sat/capabilities")["workers"]["slots"]["prepare"]
+            absent = 0 if alive else absent + 1
+            if absent == 2:
                 raise CliError("No worker of this service is alive to answer that.", NOT_NOW)
 
     def delete_file(self, file_id: str) -> None:

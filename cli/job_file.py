@@ -46,11 +46,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or 1.2 would read as something else."""
+
+
 for _name, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern})$"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern})$"), _first)
 _Loader.add_constructor(
     f"{_TAG}int", lambda loader, node: int(node.value, 0 if "x" in node.value else 10)
 )
+
+
+def written(body: dict[str, Any]) -> str:
+    """A create body as a job file."""
+    return str(yaml.dump(body, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def read(path: Path, *, lenient: bool) -> tuple[dict[str, Any], list[str]]:

@@ -6,10 +6,10 @@ import time
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
+from cli import job_file
 from cli.client import TERMINAL, USAGE, Client, CliError, Connection
 from cli.console import emit, emit_line, err, leaving, out, say
 from cli.options import HERE, DataDir, JobId, Json, JsonLines, known_jobs
@@ -68,7 +68,7 @@ def show(
         if as_json:
             emit(found)
         else:
-            typer.echo(yaml.safe_dump(found["body"], sort_keys=False, allow_unicode=True), nl=False)
+            typer.echo(job_file.written(found["body"]), nl=False)
         return
     job = client.job(job_id)
     if as_json:

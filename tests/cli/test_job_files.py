@@ -13,7 +13,7 @@ import yaml
 from api.schemas.create import check
 from cli.axolotl import RULES as AXOLOTL_RULES
 from cli.client import CliError
-from cli.job_file import read
+from cli.job_file import read, written
 from cli.llama_factory import RULES as LLAMA_FACTORY_RULES
 from tests.cli.running import satune
 
@@ -321,3 +321,30 @@ def test_a_dry_run_prints_a_job_file_that_says_the_same(tmp_path: Path) -> None:
     assert yaml.safe_load(done.stdout) == body
     as_json = satune("submit", str(tmp_path / "job.yaml"), "--dry-run", "--json")
     assert json.loads(as_json.stdout) == body
+
+
+def test_a_body_comes_back_from_a_job_file_as_it_was(tmp_path: Path) -> None:
+    texts = [
+        "2e-5",
+        "08",
+        "12e7",
+        "1_000",
+        "yes",
+        "off",
+        "null",
+        "~",
+        "",
+        "2020-01-01",
+        "0x1f",
+        "a: b",
+    ]
+    body = {
+        "model": "local/m",
+        "training_file": "file-1",
+        "metadata": {f"k{n}": text for n, text in enumerate(texts)},
+        "seed": 8,
+        "sat": {"train": {"learning_rate": 2e-5, "compile": False, "max_steps": None}},
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(written(body))
+    assert read(path, lenient=False)[0] == body
