@@ -228,7 +228,7 @@ def test_every_bad_input_of_ours_gets_its_verdict(service: Service) -> None:
 @pytest.mark.skipif(not GENERATOR.exists(), reason="the shared bad inputs are not here")
 @pytest.mark.skipif(
     not os.environ.get("SATUNE_ALL_BAD_INPUTS"),
-    reason="takes a quarter of an hour; SATUNE_ALL_BAD_INPUTS=1 runs it",
+    reason="takes minutes; SATUNE_ALL_BAD_INPUTS=1 runs it",
 )
 def test_every_shared_bad_input_gets_its_verdict(service: Service, tmp_path: Path) -> None:
     folder = tmp_path / "bad"
