@@ -225,7 +225,8 @@ class Runner:
     def _lacks_memory(self, child: Child, code: int) -> bool:
         """Whether it ended for lack of memory and would take less with a smaller micro-batch.
 
-        A kernel says so by SIGKILL and counts it; a SIGKILL of ours says nothing. A run that has come down to single sequences names max_seq_len.
+        A kernel says so by SIGKILL and counts it; a SIGKILL of ours says nothing. A run that has come down to single
+        sequences names max_seq_len.
         """
         if self.claim.stage is not Stage.TRAIN or self._micro_batch_size == 1:
             return False
