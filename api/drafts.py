@@ -7,6 +7,7 @@ code, and once it is whole `new_file` says what the store is told of it.
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -167,7 +168,7 @@ def shown_name(filename: str) -> str:
     return "".join(c for c in plain if c.isprintable())[:255] or "upload"
 
 
-def new_file(draft: Draft, filename: str, terms: Terms, created_at: float) -> NewFile:
+def new_file(draft: Draft, filename: str, terms: Terms) -> NewFile:
     """What the store is told of a file that is whole.
 
     Raises:
@@ -182,7 +183,7 @@ def new_file(draft: Draft, filename: str, terms: Terms, created_at: float) -> Ne
             "file",
             problems=[asdict(problem) for problem in report.problems[:MAX_PROBLEMS_SHOWN]],
         )
-    expires = terms.expires_seconds
+    created_at, expires = time.time(), terms.expires_seconds
     return NewFile(
         id=new_id("file-"),
         filename=filename,
@@ -193,6 +194,7 @@ def new_file(draft: Draft, filename: str, terms: Terms, created_at: float) -> Ne
         rows=report.rows,
         report=storable(verdict(report, filename)),
         status="uploaded" if report.unread else "processed" if report.ok else "error",
+        created_at=created_at,
         expires_at=None if expires is None else created_at + expires,
     )
 

@@ -170,7 +170,7 @@ class Library(Transactions):
 
 def file_row(project: str, file: NewFile) -> FileRow:
     """The row of a file whose bytes lie in the data folder."""
-    return FileRow(project=project, created_at=time.time(), **dataclasses.asdict(file))
+    return FileRow(project=project, **dataclasses.asdict(file))
 
 
 def insert_file(session: Session, project: str, file: NewFile) -> FileRecord:

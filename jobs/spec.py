@@ -7,6 +7,7 @@ never was, or fails.
 from __future__ import annotations
 
 import secrets
+import time
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -147,6 +148,7 @@ class NewFile:
     rows: int | None = None
     report: dict[str, Any] = field(default_factory=dict)
     status: str = "processed"
+    created_at: float = field(default_factory=time.time)
     expires_at: float | None = None
 
 
@@ -156,7 +158,6 @@ class FileRecord(NewFile):
 
     seq: int
     project: str
-    created_at: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """`/v1/files`: upload, list, retrieve, content, delete."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -92,7 +91,6 @@ FORM = {
 async def create_file(request: Request, app: App, key: Caller, creating: once.Creating) -> Any:
     """Upload a data set; every row is checked while it arrives, and a file with a bad row is refused."""
     limit = app.settings.max_file_bytes
-    created_at = time.time()
     names: list[str] = []
     early: list[str] = []
 
@@ -117,7 +115,7 @@ async def create_file(request: Request, app: App, key: Caller, creating: once.Cr
                 FORMAT_FIELD,
             )
         terms = Terms.of(form.fields)
-        file = await run_in_threadpool(new_file, draft, names[0], terms, created_at)
+        file = await run_in_threadpool(new_file, draft, names[0], terms)
         return await creating.run(
             once.fingerprint([file.sha256, file.filename, file.format, asdict(terms)]),
             lambda receipt: app.store.add_file(

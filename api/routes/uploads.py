@@ -254,7 +254,7 @@ def _make_file(app: Services, project: str, upload_id: str, body: CompleteUpload
     )
     try:
         _join(app, draft, upload_id, parts, body.md5)
-        file = new_file(draft, upload.filename, terms, upload.created_at)
+        file = new_file(draft, upload.filename, terms)
         completed = app.store.complete_upload(
             project, upload_id, file, lambda: app.artifacts.keep(draft.path, file.sha256)
         )

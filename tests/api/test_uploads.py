@@ -84,7 +84,7 @@ def test_the_official_client_uploads_in_parts(sdk: openai.OpenAI) -> None:
         "processed",
         len(CONTENT),
     )
-    assert done.file.expires_at == upload.created_at + 3600
+    assert done.file.expires_at == done.file.created_at + 3600
     assert sdk.files.content(done.file.id).read() == CONTENT
     again = sdk.uploads.complete(upload.id, part_ids=[first.id, second.id])
     assert again.file.id == done.file.id
