@@ -87,36 +87,37 @@ class _ChunkedLoss(torch.autograd.Function):
         correct = targets_N.new_zeros(())
         wanted = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden_NH) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight_VH) if wanted[1] else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V) if bias_V is not None and wanted[2] else None
         size = max(1, CHUNK_ELEMENTS // len(weight_VH))
-        for first in range(0, len(targets_N), size):
+        # One chunk even of nothing, whose gradients are zeros.
+        for first in range(0, max(1, len(targets_N)), size):
             hidden, target = hidden_NH[first : first + size], targets_N[first : first + size, None]
             logits = functional.linear(hidden, weight_VH, bias_V).to(exact)
             if softcap:
                 logits = torch.tanh(logits / softcap) * softcap
-            correct += (logits.argmax(-1, keepdim=True) == target).sum()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).sum()
+            log_shares = logits.log_softmax(-1)
+            correct += (log_shares.argmax(-1, keepdim=True) == target).sum()
+            total -= log_shares.gather(1, target).sum()
             if not any(wanted):
                 continue
-            slope = 1 - (logits / softcap) ** 2 if softcap else None
-            grad = logits.sub_(log_sum).exp_()
+            grad = log_shares.exp_()
             grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
-            if slope is not None:
-                grad *= slope
+            if softcap:
+                grad *= 1 - (logits / softcap) ** 2
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[first : first + size] = grad @ weight_VH
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden
+            if wanted[1]:
+                of_chunk = (grad.T @ hidden).to(weight_VH.dtype)
+                grad_weight = of_chunk if grad_weight is None else grad_weight.add_(of_chunk)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(correct)
         return total, correct
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
+        scaled = (g if g is None else g.mul_(grad_total.to(g.dtype)) for g in ctx.saved_tensors)
         return (*scaled, None, None)
