@@ -54,6 +54,17 @@ def build_optimizer(
     return optimizer
 
 
+def clip(parameters: list[nn.Parameter], limit: float, norm: torch.Tensor) -> float:
+    """Scale gradients whose norm is `norm` down to `limit`; the norm as a number.
+
+    As torch's `clip_grad_norm_` bit for bit, which goes through all gradients also where its factor is 1.
+    """
+    found = float(norm)
+    if not found + 1e-6 <= limit:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return found
+
+
 def plain(moment: torch.Tensor) -> torch.Tensor:
     """A moment as a float tensor; itself where it is one."""
     is_plain = type(moment) is torch.Tensor

@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
 from torch.distributed.tensor import DTensor, Shard
 
+from sat_core.optim import clip
 from sat_core.plan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -130,8 +131,7 @@ class Sharding:
         self.parallel.sum_gradients(whole)
         square = self.parallel.sum(_norm(cut) ** 2) + _norm(whole) ** 2
         norm = square.sqrt()
-        torch.nn.utils.clip_grads_with_norm_([*cut, *whole], limit, norm)
-        return float(norm)
+        return clip([*cut, *whole], limit, norm)
 
     def cut(self, part: SlicedParameter, full: Tensor) -> Tensor:
         """This rank's slice of a whole tensor, copied."""

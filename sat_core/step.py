@@ -16,6 +16,7 @@ import torch
 from sat_core import progress
 from sat_core.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
+from sat_core.optim import clip
 from sat_core.plan.accounting import Cost, Widths, forward_flops, step_flops
 from sat_core.plan.errors import PlanError, is_out_of_memory
 from sat_core.plan.quote import probe_rows
@@ -166,7 +167,8 @@ class Stepper:
             norm = parts.sharding.collect_gradients(limit)
         else:
             parallel.sum_gradients(parts.model.parameters())
-            norm = float(torch.nn.utils.clip_grad_norm_(parts.model.parameters(), limit))
+            trained = [p for p in parts.model.parameters() if p.grad is not None]
+            norm = clip(trained, limit, torch.nn.utils.get_total_norm(p.grad for p in trained))
         sums = torch.tensor([sum(totals), correct], dtype=torch.float64)
         loss, accuracy = (parallel.sum(sums) / labels).tolist()
         tokens, flops, dense_flops = parallel.sum(self._counted(batches, cost)).tolist()
