@@ -1,22 +1,23 @@
-"""Arms of a comparison that take their steps in turn, in one process.
+"""Arms of a comparison that take their steps in turn.
 
 Each arm holds a run that stands still between steps, so arms can be advanced alternately, step by step, and whatever else
 the machine does slows all of them alike. That is why a ratio of two arms is worth something on a busy machine; runs one
 after the other, the road not taken, need a quiet one. A Satune arm is a real run of the core with all that belongs to a
-step: choosing, probes, guards, events. A Trainer arm is a Hugging Face Trainer in a thread that waits in a callback.
+step: choosing, probes, guards, events. Where another library's run stands beside it, each has a process of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -162,69 +163,75 @@ class SatuneArm:
         shutil.rmtree(self.folder)
 
 
-class _Closed(Exception):
-    """The arm is not wanted any more."""
+class Turn:
+    """A child's end of `Apart`: obeys between two steps, and tells what a step took."""
 
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._started = time.perf_counter()
+        self.answers: dict[str, Callable[[], Any]] = {}
 
-class _Turnstile(TrainerCallback):
-    """Lets a Trainer through for one step at a time; fetching the batch is part of the step."""
+    def wait(self) -> None:
+        """Until a step is wanted; leaves the process where none is any more."""
+        while (order := self._pipe.recv()) != "advance":
+            if order == "close":
+                raise SystemExit
+            self._pipe.send(self.answers[order]())
+        self._started = time.perf_counter()
 
-    def __init__(self) -> None:
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.closed = False
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._wait()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def done(self) -> None:
+        """A step, or before the first the making of the arm, has ended."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.done.release()
-        self._wait()
-
-    def _wait(self) -> None:
-        self.go.acquire()
-        if self.closed:
-            raise _Closed
+        self._pipe.send(time.perf_counter() - self._started)
 
 
-class TrainerArm:
-    """A Hugging Face Trainer (or TRL's), built by `build` with the callback it is given.
+class TrainerTurns(TrainerCallback):
+    """Lets a Trainer make one step at a time; fetching the batch is part of the step."""
 
-    Its thread starts with the first step: building a Trainer resets state that all Trainers of a process share.
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._turn.done()
+        self._turn.wait()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._turn.done()
+        self._turn.wait()
+
+
+class Apart:
+    """An arm in a process of its own: its main thread, its heap, nothing shared with the others but the processor.
+
+    `train` is called there with a `Turn` and `arguments`; it makes the arm, says `done`, and then waits for its turn before
+    each step. The road not taken is a thread for who has a loop of his own: a thread allocates from another arena than the main
+    one, and one and the same arm is faster or slower by that alone.
+
+    Attributes:
+        made_seconds: what making the arm took, from `Turn` on.
     """
 
-    def __init__(self, name: str, build: Callable[[list[TrainerCallback]], Any]) -> None:
+    def __init__(self, name: str, train: Callable[..., None], *arguments: Any) -> None:
         self.name = name
-        self._turn = _Turnstile()
-        self._error: BaseException | None = None
-        self.trainer = build([self._turn])
-        self._thread = threading.Thread(target=self._train, daemon=True)
-
-    def _train(self) -> None:
-        try:
-            self.trainer.train()
-        except _Closed:
-            return
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the step
-            self._error = error
-            self._turn.done.release()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=train, args=(theirs, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.made_seconds: float = self._pipe.recv()
 
     def advance(self) -> float:
-        started = time.perf_counter()
-        if self._thread.ident is None:
-            self._thread.start()
-        self._turn.go.release()
-        self._turn.done.acquire()
-        if self._error:
-            raise self._error
-        return time.perf_counter() - started
+        return float(self.ask("advance"))
+
+    def ask(self, order: str) -> Any:
+        """What `Turn.answers` has there."""
+        self._pipe.send(order)
+        return self._pipe.recv()
 
     def close(self) -> None:
-        self._turn.closed = True
-        self._turn.go.release()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._pipe.send("close")
+        self._process.join()
 
 
 def in_turn(arms: Sequence[Arm], steps: int, *, say: bool = True) -> dict[str, list[float]]:

@@ -3,8 +3,8 @@
     python benchmarks/peers.py [--json FILE] [--plot FILE] [--steps N] [--libraries NAME ...]
 
 Satune dense and at its presets `balanced` and `fast` with ladder and dense start, Hugging Face's Trainer, TRL's SFTTrainer
-and PEFT's LoRA on the Trainer, advancing in turn. Peak memory and the time to the first step are taken from a process of
-its own for each arm, after warming up, by the kernel's own mark of the highest resident size.
+and PEFT's LoRA on the Trainer, advancing in turn, each in a process of its own. Peak memory and the time to the first step are
+taken with one arm alone, after warming up, by the kernel's own mark of the highest resident size.
 
 A GPU is used where there is one, and then precision is bfloat16 for all arms.
 """
@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.arms import SatuneArm, Shape, TrainerArm, in_turn, prepared, random_llama
+from benchmarks.arms import (
+    Apart,
+    SatuneArm,
+    Shape,
+    TrainerTurns,
+    Turn,
+    in_turn,
+    prepared,
+    random_llama,
+)
 from benchmarks.report import figure, table, write
 from cli.demo_material import make
 from sat_core.corpus import Corpus
@@ -75,10 +81,56 @@ def config_of(name: str, sat: dict[str, Any], shape: Shape, steps: int, work: Pa
     )
 
 
-def trainer_builders(
+def satune(pipe: Connection, config: TrainConfig, work: Path) -> None:
+    """The process of an arm of Satune's."""
+    turn = Turn(pipe)
+    turn.answers |= memory_answers()
+    arm = SatuneArm("Satune", config, work)
+    turn.answers["counters"] = lambda: arm.run.counters
+    turn.answers["choice seconds"] = lambda: [e["seconds"] for e in arm.events("selection")]
+    turn.done()
+    while True:
+        turn.wait()
+        arm.advance()
+        turn.done()
+
+
+def library(
+    pipe: Connection, name: str, shape: Shape, steps: int, work: Path, corpus: Path
+) -> None:
+    """The process of another library's arm; it trains on the sequences of Satune's own corpus."""
+    turn = Turn(pipe)
+    turn.answers |= memory_answers()
+    trainers(shape, steps, work, corpus)[name]([TrainerTurns(turn)]).train()
+
+
+def memory_answers() -> dict[str, Callable[[], Any]]:
+    """What a process can tell of its memory: the peak since it was last forgotten, above what is held now."""
+    process = psutil.Process()
+
+    def trim() -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+    def forget() -> None:
+        trim()
+        # Linux forgets the highest resident size so far.
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak() -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in status if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 - before
+
+    trim()
+    before = process.memory_info().rss
+    return {"forget peak": forget, "peak bytes": peak}
+
+
+def trainers(
     shape: Shape, steps: int, work: Path, corpus: Path
 ) -> dict[str, Callable[[list[Any]], Any]]:
-    """How each other library's arm is made; they train on the sequences of Satune's own corpus."""
+    """How each library's trainer is made, given its callbacks."""
     train = Corpus(corpus, "train")
     rows = [
         {"input_ids": ids, "labels": ids}
@@ -136,19 +188,14 @@ def whole_runs(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Every arm from its first step to its last, ladder and dense start included."""
     configs = {name: config_of(name, sat, shape, steps, work) for name, sat in SATUNE.items()}
-    ours = [SatuneArm(name, config, work) for name, config in configs.items()]
-    builders = trainer_builders(shape, steps, work, Path(configs["Satune dense"].corpus))
-    others = [TrainerArm(name, builders[name]) for name in libraries]
-    arms = [*ours, *others]
-    try:
-        seconds = in_turn(arms, steps)
-        counted = {arm.name: arm.run.counters for arm in ours}
-        choices = {
-            arm.name: [event["seconds"] for event in arm.events("selection")] for arm in ours
-        }
-    finally:
-        for arm in arms:
-            arm.close()
+    corpus = Path(configs["Satune dense"].corpus)
+    ours = [Apart(name, satune, config, work) for name, config in configs.items()]
+    others = [Apart(name, library, name, shape, steps, work, corpus) for name in libraries]
+    seconds = in_turn([*ours, *others], steps)
+    counted = {arm.name: arm.ask("counters") for arm in ours}
+    choices = {arm.name: arm.ask("choice seconds") for arm in ours}
+    for arm in [*ours, *others]:
+        arm.close()
     # An arm's first step pays for warming up.
     totals = {name: sum(taken[1:]) for name, taken in seconds.items()}
     tokens = shape.rows * shape.width * (steps - 1)
@@ -181,52 +228,26 @@ def whole_runs(
     return figures, {"seconds": seconds, "choice_seconds": choices}
 
 
-def alone(arm: str) -> None:
-    """The part of a process of its own: memory of a step above what was there before the model, and the first step's time."""
-    process = psutil.Process()
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        if arm in ("dense", "sparse"):
-            sat = {"mode": "off"} if arm == "dense" else SPARSE_STEP
-            config = config_of(arm, sat, MEMORY_SHAPE, 1000, work)
-            _trim()
-            before, started = process.memory_info().rss, time.perf_counter()
-            made: Any = SatuneArm(arm, config, work)
-        else:
-            config = config_of(arm, {"mode": "off"}, MEMORY_SHAPE, 1000, work)
-            builders = trainer_builders(MEMORY_SHAPE, 8, work, Path(config.corpus))
-            _trim()
-            before, started = process.memory_info().rss, time.perf_counter()
-            made = TrainerArm(arm, builders[arm])
-        made.advance()
-        first = time.perf_counter() - started
-        made.advance()
-        _trim()
-        # Linux forgets the highest resident size so far: what follows is a step's, not a probe's.
-        Path("/proc/self/clear_refs").write_text("5")
-        made.advance()
-        made.advance()
-        status = Path("/proc/self/status").read_text()
-        peak = next(
-            int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
-        )
-        print(json.dumps({"peak_bytes": peak * 1024 - before, "first_step_seconds": first}))
-        made.close()
-
-
-def _trim() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
 def memory() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Peak memory and time to the first step of each arm, each in a process of its own."""
+    """Peak memory of a step above what was there before the model, and the time to the first step, of each arm alone."""
     found = {}
-    for arm in ("dense", "sparse", TRAINER, SFT, LORA):
-        made = subprocess.run(
-            [sys.executable, __file__, "--alone", arm], capture_output=True, text=True, check=True
-        )
-        found[arm] = json.loads(made.stdout.splitlines()[-1])
+    for name in ("dense", "sparse", TRAINER, SFT, LORA):
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            sat = SPARSE_STEP if name == "sparse" else {"mode": "off"}
+            config = config_of(name, sat, MEMORY_SHAPE, 1000, work)
+            if name in ("dense", "sparse"):
+                arm = Apart(name, satune, config, work)
+            else:
+                arm = Apart(name, library, name, MEMORY_SHAPE, 8, work, Path(config.corpus))
+            first = arm.made_seconds + arm.advance()
+            arm.advance()
+            # What follows is a step's peak, not a probe's.
+            arm.ask("forget peak")
+            arm.advance()
+            arm.advance()
+            found[name] = {"peak_bytes": arm.ask("peak bytes"), "first_step_seconds": first}
+            arm.close()
     mib = {arm: row["peak_bytes"] / 2**20 for arm, row in found.items()}
     figures = [
         figure("peak memory of a step, rate .5 over dense", mib["sparse"] / mib["dense"], "x", 0.80, "lower"),
@@ -261,11 +282,7 @@ def main() -> None:
     parser.add_argument(
         "--libraries", nargs="+", choices=[TRAINER, SFT, LORA], default=[TRAINER, SFT, LORA], help="beside which"
     )  # fmt: skip
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.alone:
-        alone(args.alone)
-        return
     shape = Shape(layers=4, rows=2)
     with tempfile.TemporaryDirectory() as folder:
         figures, details = whole_runs(shape, args.steps, Path(folder), args.libraries)
