@@ -7,7 +7,8 @@ Two base models: a real one (karpathy's stories260K, where `--data` holds it) an
 documentation of Python's standard library. Each is trained further on text near its own and on text far from it. FLOPs are
 counted by the core, probes included, and the comparison is with dense training for fewer steps, its schedule fitted to
 them. Every arm has a learning rate of its own, the best on the first seed: dense
-and default SAT from the same four, every other cell from three around the default's. Results are
+and default SAT from the same four, every other cell from three around the default's. The guard is off in all
+cells but its own, for where it makes a run dense the cells do not differ. Results are
 appended to the JSON Lines file as they come, and a cell that is there is not run again.
 """
 
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.arms import prepared, quietly
+from benchmarks.arms import UNGUARDED, prepared, quietly
 from benchmarks.report import Rows
 from cli.demo_material import make
 from sat_core.plan.config import TrainConfig
@@ -72,6 +73,7 @@ SAT = [
     Cell("rungs 8", {"schedule": {"rungs": 8, "sparse_share": 0.667}}),
     Cell("waking clears both moments", variant="clear"),
     Cell("waking keeps both moments", variant="keep"),
+    Cell("guard .05", {"guard": {"max_gap": 0.05}}),
 ]
 
 
@@ -88,6 +90,7 @@ class Setting:
 def config_of(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -> TrainConfig:
     settings = {
         **rates(0.5),
+        **UNGUARDED,
         "eval": {"every": 0, "forgetting_sequences": 0},
         "checkpoints": {"every": 0},
         **cell.sat,

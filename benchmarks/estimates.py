@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.arms import Shape, random_llama
+from benchmarks.arms import UNGUARDED, Shape, random_llama
 from benchmarks.report import environment, figure, table, write
 from benchmarks.servers import Server, satune
 from cli.demo_material import Material, make
@@ -83,7 +83,7 @@ class Bench:
             "training_file": self.files[case.data],
             "seed": seed,
             "hyperparameters": {"batch_size": case.batch},
-            "sat": {**rest, **case.sat, "train": train},
+            "sat": {**rest, **UNGUARDED, **case.sat, "train": train},
         }
 
     def estimate(self, body: dict[str, Any]) -> dict[str, Any]:

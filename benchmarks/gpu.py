@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import SatuneArm, Shape, prepared, random_llama
+from benchmarks.arms import UNGUARDED, SatuneArm, Shape, prepared, random_llama
 from benchmarks.report import figure, table, write
 from cli.demo_material import make
 
@@ -73,6 +73,7 @@ def arm_of(
 ) -> SatuneArm:
     settings = {
         **sat,
+        **UNGUARDED,
         "train": {
             "max_steps": steps,
             "max_seq_len": shape.width,

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.arms import (
+    UNGUARDED,
     Apart,
     SatuneArm,
     Shape,
@@ -62,6 +63,7 @@ MEMORY_SHAPE = Shape(hidden=512, intermediate=2048, layers=4, heads=8, kv_heads=
 def config_of(name: str, sat: dict[str, Any], shape: Shape, steps: int, work: Path) -> TrainConfig:
     settings = {
         **sat,
+        **UNGUARDED,
         "train": {
             "max_steps": steps,
             "max_seq_len": shape.width,

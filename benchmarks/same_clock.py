@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import SatuneArm, in_turn, prepared, quietly
+from benchmarks.arms import UNGUARDED, SatuneArm, in_turn, prepared, quietly
 from benchmarks.report import Rows, figure, write
 from cli.demo_material import make
 from sat_core.plan.config import TrainConfig
@@ -52,15 +52,24 @@ WAYS = (
     DENSE,
     Way("SAT balanced", {"mode": "on"}),
     Way("SAT fast", {"mode": "on", "preset": "fast"}),
+    Way("balanced, no guard", {"mode": "on", **UNGUARDED}),
     *(
         Way(f"LoRA rank {r}", {"mode": "off", "train": {"tuning": "lora", "lora_rank": r}})
         for r in LORA_RANKS
     ),
     Way(
         "random subset",
-        {"mode": "on", "importance": {"metric": "uniform"}, "allotment": "uniform"},
+        {
+            "mode": "on",
+            "importance": {"metric": "uniform"},
+            "allotment": "uniform",
+            **UNGUARDED,
+        },
     ),
-    Way("fixed subset", {"mode": "on", "schedule": {"sparse_share": 1.0}}),
+    Way(
+        "fixed subset",
+        {"mode": "on", "schedule": {"sparse_share": 1.0}, **UNGUARDED},
+    ),
 )
 
 
@@ -105,30 +114,31 @@ class Results(Rows):
 
 
 def clock(task: Task, ways: list[Way], work: Path, results: Results) -> dict[str, int]:
-    """Steps of each arm that take as long as all of dense training's, measured side by side."""
-    stored = results.find(kind="clock", task=task.name)
-    if not stored:
+    """Steps of each arm that take as long as all of dense training's, measured beside it, which a later arm's clock is too."""
+    measured = {r["arm"] for r in results.find(kind="clock", task=task.name)}
+    if missing := [way for way in ways if way.name not in measured]:
         arms = [
             SatuneArm(
                 way.name,
                 task.config(way, steps=task.steps, rate=1e-4, seed=0, work=work, curve=0),
                 work,
             )
-            for way in ways
+            for way in (DENSE, *(way for way in missing if way != DENSE))
         ]
         try:
             seconds = in_turn(arms, task.steps)
         finally:
             for arm in arms:
                 arm.close()
-        for name, taken in seconds.items():
-            # The first step of an arm pays for warming up.
-            results.add(
-                {"kind": "clock", "task": task.name, "arm": name, "seconds": sum(taken[1:])}
-            )
-        stored = results.find(kind="clock", task=task.name)
-    by_arm = {r["arm"]: r["seconds"] for r in stored}
-    return {arm: round(task.steps * by_arm[DENSE.name] / s) for arm, s in by_arm.items()}
+        # The first step of an arm pays for warming up.
+        sums = {name: sum(taken[1:]) for name, taken in seconds.items()}
+        for way in missing:
+            row = {"seconds": sums[way.name], "dense_seconds": sums[DENSE.name]}
+            results.add({"kind": "clock", "task": task.name, "arm": way.name, **row})
+    return {
+        r["arm"]: round(task.steps * r["dense_seconds"] / r["seconds"])
+        for r in results.find(kind="clock", task=task.name)
+    }
 
 
 def run_once(
@@ -288,8 +298,8 @@ def judged(task: str, results: Results) -> list[dict[str, Any]]:
     """
     ran = {r["arm"] for r in results.find(kind="run", task=task)}
     clock_rows = results.find(kind="clock", task=task)
-    clocks = {r["arm"]: r["seconds"] for r in clock_rows if r["arm"] in ran}
-    tuned_at = {arm: results.best_rate(task, arm, SEEDS[0]) for arm in clocks}
+    speedups = {r["arm"]: r["dense_seconds"] / r["seconds"] for r in clock_rows if r["arm"] in ran}
+    tuned_at = {arm: results.best_rate(task, arm, SEEDS[0]) for arm in speedups}
     after = {
         arm: {r["seed"]: r for r in results.find(kind="run", task=task, arm=arm, rate=rate)}
         for arm, rate in tuned_at.items()
@@ -306,7 +316,7 @@ def judged(task: str, results: Results) -> list[dict[str, Any]]:
                 "arm": arm,
                 "rate": tuned_at[arm],
                 "steps": next(iter(runs.values()))["steps"],
-                "speedup": clocks[DENSE.name] / clocks[arm],
+                "speedup": speedups[arm],
                 "flops": statistics.mean(r["flops"] for r in runs.values()),
                 "before": next(iter(runs.values()))["before"],
                 "loss": statistics.mean(losses),
@@ -352,6 +362,7 @@ def plot(names: list[str], results: Results, path: Path) -> None:
     figure, axes = pyplot.subplots(len(names), 2, figsize=(11, 3.2 * len(names)), squeeze=False)
     for row, name in zip(axes, names, strict=True):
         lora = best_lora(name, results)
+        dense = results.find(kind="clock", task=name, arm=DENSE.name)[0]["seconds"]
         for clock_row in results.find(kind="clock", task=name):
             arm = clock_row["arm"]
             ran = results.find(kind="run", task=name, arm=arm)
@@ -359,7 +370,8 @@ def plot(names: list[str], results: Results, path: Path) -> None:
                 continue
             rate = results.best_rate(name, arm, SEEDS[0])
             found = results.find(kind="run", task=name, arm=arm, rate=rate, seed=SEEDS[0])[0]
-            step_seconds = clock_row["seconds"] / (DENSE_STEPS - 1)
+            share = clock_row["seconds"] / clock_row["dense_seconds"]
+            step_seconds = share * dense / (DENSE_STEPS - 1)
             points = found["curve"]
             style = {"label": arm, "linewidth": 1.6, "marker": "."}
             row[0].plot([p[0] * step_seconds for p in points], [p[2] for p in points], **style)

@@ -75,7 +75,7 @@ class SatCallback(TrainerCallback):
         self._asleep_soon.clear()
         made = self.sparsity.begin_step(state.global_step, self.probe_inputs)
         if self.config.max_gap and made is not None and made.dense_loss is not None:
-            with torch.no_grad(), self.sparsity.eager_layers():
+            with torch.no_grad(), self.sparsity.as_probed():
                 sparse_loss = float(kwargs["model"](**self.probe_inputs).loss)
             self.sparsity.note_gap(sparse_loss - made.dense_loss)
 

@@ -13,7 +13,7 @@ allotted to the layers anew; there, and every `refresh_every` steps inside a sta
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -260,8 +260,8 @@ class Sparsity:
 
     @contextmanager
     def dense_model(self) -> Iterator[None]:
-        """Within, the whole model is dense, gradients included; without dropout, but where layers are checkpointed."""
-        with self.eager_layers(quiet=not self.core.is_activation_checkpointing):
+        """Within, the whole model is dense, gradients included."""
+        with self.as_probed():
             try:
                 for block in self.blocks:
                     block.widen()
@@ -269,6 +269,10 @@ class Sparsity:
             finally:
                 for block in self.blocks:
                     block.narrow()
+
+    def as_probed(self) -> AbstractContextManager[None]:
+        """As the probe's loss is measured, to compare another with: without dropout, but where layers are checkpointed."""
+        return self.eager_layers(quiet=not self.core.is_activation_checkpointing)
 
     @contextmanager
     def eager_layers(self, *, quiet: bool = True) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -78,9 +79,10 @@ class Stepper:
             )
             refresh = self._choose(batches[0].rows(0, rows))
             choice_seconds = time.perf_counter() - started
-            if refresh is not None and refresh.dense_loss is not None:
+            probed = refresh is not None and refresh.dense_loss is not None
+            if probed:
                 batches = _apart(batches, rows)
-            result = self._gradients(batches)
+            result = self._gradients(batches, probed=probed)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -143,8 +145,11 @@ class Stepper:
         device = self.parts.device
         return [self.corpus.batch(mine[i : i + size], device) for i in range(0, len(mine), size)]
 
-    def _gradients(self, batches: list[Batch]) -> StepResult:
-        """Forward and backward of all micro-batches, summed over ranks and clipped."""
+    def _gradients(self, batches: list[Batch], *, probed: bool) -> StepResult:
+        """Forward and backward of all micro-batches, summed over ranks and clipped.
+
+        Where the first one was `probed` it meets what the probe met, so that dropout is not taken for a gap.
+        """
         parts, parallel = self.parts, self.parts.parallel
         if parts.sharding:
             parts.sharding.settle()
@@ -157,7 +162,8 @@ class Stepper:
         labels = max(1, int(parallel.sum(torch.tensor(cost.labels))))
         totals, correct = [], 0
         for batch in batches:
-            with parts.autocast():
+            as_probed = probed and batch is batches[0]
+            with parts.autocast(), parts.sparsity.as_probed() if as_probed else nullcontext():
                 found = token_loss(parts.model, batch)
             torch.autograd.backward(found.total / labels)
             totals.append(float(found.total.detach()))

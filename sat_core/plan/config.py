@@ -57,7 +57,8 @@ class SatConfig:
         attention_unit: whole KV groups, or one query head in every group.
         compensation: add the mean contribution of the sleepers as a fixed bias (FLAP, arXiv 2312.11983).
         asleep_on: where the rows of sleepers wait; "host" is pinned memory.
-        max_gap: nats by which a sparse loss may exceed the dense one before the ladder steps down early; 0 is off.
+        max_gap: nats by which a sparse loss may exceed the dense one on the same batch before the ladder steps down a rung
+            for good; 0 is off. Where a model gains by sleeping units the gap is a hundredth of a nat, where it loses, over one.
         multiple: awake MLP channels are rounded to a multiple of this; None is 128 on a GPU, 8 on a CPU.
         seed: of random scores and of sampling.
     """
@@ -81,7 +82,7 @@ class SatConfig:
     attention_unit: AttentionUnit = "kv_group"
     compensation: bool = False
     asleep_on: AsleepOn = "device"
-    max_gap: float = 0.0
+    max_gap: float = 0.05
     multiple: int | None = None
     seed: int = 0
 

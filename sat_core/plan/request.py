@@ -89,8 +89,8 @@ class Guard:
     """What watches that sparse training does not drift from the dense model."""
 
     max_gap: float = setting(
-        0.0,
-        "Nats by which a sparse loss may exceed the dense one before the ladder steps down; 0 is off.",
+        0.05,
+        "Nats by which a sparse loss may exceed the dense one, before the ladder steps down a rung for good; 0 is off.",
         ge=0,
     )
 

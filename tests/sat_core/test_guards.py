@@ -21,6 +21,7 @@ from tests.sat_core.tiny import (
     run_core,
     sparsity_of,
     tiny_model,
+    write_model,
     write_text,
 )
 
@@ -274,6 +275,17 @@ def test_a_held_out_loss_knows_no_dropout() -> None:
     assert len(losses) == 1
     assert torch.equal(before, torch.get_rng_state())
     assert model.training
+
+
+def test_dropout_is_no_gap(tmp_path: Path) -> None:
+    """So few are to sleep that nobody does, and the probe's own sequences lose in training what they lost in the probe."""
+    config = write_model(tmp_path / "model") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.5}))
+    events = run(tmp_path, {**SPARSE, "omission_rate": {"mlp": 0.01, "attention": 0.0}})
+    chosen = [e for e in of_kind(events, "selection") if e["share"] > 0]
+    assert {b["awake_share"] for e in chosen for b in e["blocks"]} == {1.0}
+    gaps = [e["gap"] for e in chosen if e["stage_begins"]]
+    assert gaps == pytest.approx([0.0] * 4, abs=1e-6)
 
 
 def test_a_choice_inside_autocast_leaves_no_stale_copy() -> None:
