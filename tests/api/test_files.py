@@ -224,25 +224,31 @@ def test_a_file_expires_when_it_was_asked_to_and_no_job_needs_it(client, service
 
 
 def test_a_corpus_goes_with_its_files_and_with_time_but_never_from_a_job(client, services):
-    def made(name: str, sha256: str, hours: float) -> Path:
+    def made(name: str, *sha256: str, hours: float) -> Path:
         folder = services.artifacts.corpora / name
         folder.mkdir()
-        (folder / "corpus.json").write_text(json.dumps({"sources": [sha256]}))
+        (folder / "corpus.json").write_text(json.dumps({"sources": sha256}))
         then = time.time() - hours * 3600
         os.utime(folder, (then, then))
         return folder
 
     file = upload(client, ROW).json()["id"]
     here = services.store.get_file("default", file).sha256
-    lasting = [made("used", here, 100), made("fresh", "0" * 64, 0.5), made("x", "0" * 64, 1000)]
-    going = [made("old", here, 200), made("deleted", "0" * 64, 2)]
-    (made("cut", here, 2) / "corpus.json").write_bytes(b"")
+    gone = "0" * 64
+    lasting = [
+        made("used", here, hours=100),
+        made("of-the-hub", hours=100),
+        made("fresh", gone, hours=0.5),
+        made("x", gone, hours=1000),
+    ]
+    going = [made("old", here, hours=200), made("deleted", here, gone, hours=2)]
+    (made("cut", here, hours=2) / "corpus.json").write_bytes(b"")
     new_job(services)
     claim_job(services, 40)  # its corpus is `x`
     Janitor(services.settings, services.store).tidy(now=True)
-    assert [folder.exists() for folder in lasting] == [True] * 3
+    assert [folder.exists() for folder in lasting] == [True] * 4
     assert [folder.exists() for folder in going] == [False] * 2
-    assert len(list(services.artifacts.corpora.iterdir())) == 3
+    assert len(list(services.artifacts.corpora.iterdir())) == 4
 
 
 def test_a_bad_file_may_be_kept_for_its_report_and_no_job_takes_it(client, file_id):

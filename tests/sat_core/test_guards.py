@@ -193,6 +193,32 @@ def test_memory_that_runs_out_makes_the_micro_batch_smaller(tmp_path: Path) -> N
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_an_evaluation_takes_the_smaller_micro_batch_too(tmp_path: Path) -> None:
+    before: list[int] = []
+    after: list[int] = []
+    lacked = False
+
+    def too_many(ids: torch.Tensor) -> None:
+        nonlocal lacked
+        if len(ids) > 2:
+            lacked = True
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def watch(module: Any, args: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and not torch.is_grad_enabled():
+            (after if lacked else before).append(len(args[0]))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(watch)
+    sat = {**SPARSE, "mode": "off", "omission_rate": {}}
+    try:
+        with fault(too_many):
+            run(tmp_path, {**sat, "data": {"validation_split": 0.4}})
+    finally:
+        handle.remove()
+    assert (max(before), max(after)) == (8, 2)
+    assert sum(before) == sum(after), "the same sequences"
+
+
 def test_memory_that_does_not_hold_one_sequence_is_a_clear_failure(tmp_path: Path) -> None:
     def never(_: torch.Tensor) -> None:
         raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from jobs.artifacts import Artifacts
+from jobs.models import AttemptRow
 from jobs.queue import NullBell
 from jobs.settings import Settings
 from jobs.spec import Claim, NewFile, NewJob
@@ -106,6 +109,24 @@ def test_a_run_that_lacks_memory_goes_on_with_smaller_micro_batches(
     assert (job.error["code"], job.error["param"]) == ("out_of_memory", "sat.train.max_seq_len")
     told = [e.message for e in store.events("default", job.id, limit=50).items]
     assert sum("The next attempt makes micro-batches of" in message for message in told) == 3
+
+
+@pytest.mark.parametrize(("behaviour", "outcome"), [("kill", "out_of_memory"), ("hang", "crashed")])
+def test_a_sigkill_of_our_own_is_no_lack_of_memory(
+    store: Store,
+    quick: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    behaviour: str,
+    outcome: str,
+) -> None:
+    """Meanwhile the kernel kills something on this machine: this child, or another program than the one that hangs."""
+    counted = itertools.count()
+    monkeypatch.setattr("worker.runner.memory_kills", lambda: next(counted))
+    claim = claim_for(store, quick, behaviour, micro_batch_size=8)
+    run(store, quick.model_copy(update={"stall_seconds": 1}), claim)
+    with store.reading() as session:
+        (attempt,) = session.scalars(select(AttemptRow).where(AttemptRow.stage == Stage.TRAIN))
+        assert attempt.outcome == outcome
 
 
 def test_the_model_is_moved_out_of_the_run_folder(store: Store, quick: Settings) -> None:
