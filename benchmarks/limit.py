@@ -165,7 +165,8 @@ def breakdown(arm: SatuneArm, rounds: int) -> dict[str, float]:
             (step_module, "token_loss", "forward and loss"),
             (torch.autograd, "backward", "backward"),
             (run.parts.optimizer, "step", "optimizer"),
-            (torch.nn.utils, "clip_grad_norm_", "clipping"),
+            (torch.nn.utils, "get_total_norm", "clipping"),
+            (torch.nn.utils, "clip_grads_with_norm_", "clipping"),
             (run.stepper, "_choose", "probe and refresh"),
             (run.stepper, "_micro_batches", "data"),
             (run, "_report", "events"),
@@ -231,7 +232,7 @@ def narrowed(config: LlamaConfig, rate: float) -> tuple[Any, Any]:
     sparsity = sparsify(
         model,
         None,
-        SatConfig(total_steps=1, mlp_rate=rate, metric="magnitude", allotment="uniform"),
+        SatConfig(total_steps=1, mlp_rate=rate, metric="magnitude", allotment="uniform", max_gap=0),
     )
     if rate:
         sparsity.choose(0, {})

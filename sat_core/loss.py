@@ -111,8 +111,11 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[first : first + size] = grad @ weight_VH
             if wanted[1]:
-                of_chunk = (grad.T @ hidden).to(weight_VH.dtype)
-                grad_weight = of_chunk if grad_weight is None else grad_weight.add_(of_chunk)
+                of_chunk = grad.T @ hidden
+                if grad_weight is None:
+                    grad_weight = of_chunk.to(weight_VH.dtype)
+                else:
+                    grad_weight += of_chunk
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(correct)
         return total, correct

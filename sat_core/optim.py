@@ -57,7 +57,7 @@ def build_optimizer(
 def clip(parameters: list[nn.Parameter], limit: float, norm: torch.Tensor) -> float:
     """Scale gradients whose norm is `norm` down to `limit`; the norm as a number.
 
-    As torch's `clip_grad_norm_` bit for bit, which goes through all gradients also where its factor is 1.
+    As torch's `clip_grad_norm_`, which goes through all gradients also where its factor is 1.
     """
     found = float(norm)
     if not found + 1e-6 <= limit:

@@ -64,7 +64,7 @@ class Subject(Protocol):
     @property
     def blocks(self) -> list[SlicedBlock]: ...  # noqa: D102
     def layer(self, index: int) -> nn.Module: ...  # noqa: D102
-    def dense_forward(self) -> AbstractContextManager[None]: ...  # noqa: D102
+    def dense_forward(self, *, probing: bool) -> AbstractContextManager[None]: ...  # noqa: D102
     def dense_model(self) -> AbstractContextManager[None]: ...  # noqa: D102
     def smoothed(self, block: SlicedBlock, seen: Seen) -> Tensor: ...  # noqa: D102
     def grid(self, block: SlicedBlock) -> list[int]: ...  # noqa: D102
@@ -150,7 +150,7 @@ class Probe:
             hooks += [
                 self.sparsity.layer(i).register_forward_hook(self._at_layer_end(i)) for i in layers
             ]
-        with _removing(hooks), torch.no_grad(), self.sparsity.dense_forward():
+        with _removing(hooks), torch.no_grad(), self.sparsity.dense_forward(probing=True):
             self.loss = mean_loss(self.sparsity.model, inputs)
 
     def _run_with_gradients(self, inputs: Inputs) -> None:

@@ -271,7 +271,7 @@ class Sparsity:
                     block.narrow()
 
     def as_probed(self) -> AbstractContextManager[None]:
-        """As the probe's loss is measured, to compare another with: without dropout, but where layers are checkpointed."""
+        """As a probe's loss is measured: without dropout, but where layers are checkpointed, which they are in training only."""
         return self.eager_layers(quiet=not self.core.is_activation_checkpointing)
 
     @contextmanager
@@ -293,7 +293,7 @@ class Sparsity:
                 layer._compiled_call_impl = call
 
     @contextmanager
-    def dense_forward(self) -> Iterator[None]:
+    def dense_forward(self, *, probing: bool = False) -> Iterator[None]:
         """Within, a forward without gradient is that of the dense model, widened one block at a time."""
         hooks: list[Any] = []
         try:
@@ -306,7 +306,7 @@ class Sparsity:
                         lambda *_, b=block: b.narrow(), always_call=True
                     ),
                 ]
-            with self.eager_layers():
+            with self.as_probed() if probing else self.eager_layers():
                 yield
         finally:
             for hook in hooks:

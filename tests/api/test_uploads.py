@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+from sqlalchemy import select
 
 from api.multipart import FEED_BYTES
 from jobs import uploads
+from jobs.models import UploadRow
 from tests.service import eventually
 from worker.janitor import Janitor
 
@@ -89,6 +91,17 @@ def test_the_official_client_uploads_in_parts(sdk: openai.OpenAI) -> None:
     again = sdk.uploads.complete(upload.id, part_ids=[first.id, second.id])
     assert again.file.id == done.file.id
     assert len(list(sdk.files.list())) == 1
+
+
+def test_a_file_lives_from_when_it_is_whole(client: TestClient, services: Services) -> None:
+    expiry = {"anchor": "created_at", "seconds": 3600}
+    upload = begin(client, expires_after=expiry).json()["id"]
+    piece = part(client, upload, CONTENT).json()["id"]
+    with services.store.writing() as session:
+        row = session.scalars(select(UploadRow).where(UploadRow.id == upload)).one()
+        row.created_at -= 1000
+    file = complete(client, upload, piece).json()["file"]
+    assert file["expires_at"] - file["created_at"] == 3600
 
 
 def test_the_official_client_cuts_a_file_by_itself(sdk: openai.OpenAI, settings: Any) -> None:

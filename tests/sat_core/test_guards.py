@@ -303,11 +303,13 @@ def test_a_held_out_loss_knows_no_dropout() -> None:
     assert model.training
 
 
-def test_dropout_is_no_gap(tmp_path: Path) -> None:
+@pytest.mark.parametrize("allotment", ["sensitivity", "uniform"])
+def test_dropout_is_no_gap(tmp_path: Path, allotment: str) -> None:
     """So few are to sleep that nobody does, and the probe's own sequences lose in training what they lost in the probe."""
     config = write_model(tmp_path / "model") / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.5}))
-    events = run(tmp_path, {**SPARSE, "omission_rate": {"mlp": 0.01, "attention": 0.0}})
+    rates = {"mlp": 0.01, "attention": 0.0}
+    events = run(tmp_path, {**SPARSE, "omission_rate": rates, "allotment": allotment})
     chosen = [e for e in of_kind(events, "selection") if e["share"] > 0]
     assert {b["awake_share"] for e in chosen for b in e["blocks"]} == {1.0}
     gaps = [e["gap"] for e in chosen if e["stage_begins"]]

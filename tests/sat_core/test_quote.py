@@ -18,6 +18,12 @@ CASES = {
     "refresh": {"mode": "on", "importance": {"refresh_every": 3}},
     "gradients": {"mode": "on", "importance": {"metric": "fisher", "refresh_every": 4}},
     "weights": {"mode": "on", "allotment": "exempt", "importance": {"metric": "magnitude"}},
+    "weights, no guard": {
+        "mode": "on",
+        "allotment": "exempt",
+        "importance": {"metric": "magnitude"},
+        "guard": {"max_gap": 0},
+    },
     "micro": {"mode": "on", "train": {"micro_batch_size": 3}},
     "dense": {"mode": "off"},
     "sharding alone": {"mode": "on", "train": {"sharding": "fsdp"}},

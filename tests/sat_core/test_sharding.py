@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "weights_alone": {
         "allotment": "uniform",
         "importance": {"metric": "magnitude", "refresh_every": 3},
+        "guard": {"max_gap": 0},
         "train": {**SAT["train"], "micro_batch_size": 1, "gradient_checkpointing": True},
     },
 }
