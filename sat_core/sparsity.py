@@ -218,13 +218,14 @@ class Sparsity:
     def note_gap(self, gap: float) -> bool:
         """Tell how much higher (nats) the sparse loss was than the dense one on the same batch.
 
-        Beyond `max_gap` the ladder steps down a rung early, for good; true where it did.
+        Beyond `max_gap` the ladder steps down for good, to the rung that would be within it if the gap fell as the share of
+        sleepers does; true where it did.
         """
         bound = self.config.max_gap
         if not bound or not math.isfinite(gap) or gap <= bound or self.cap < self.share:
             return False
-        lower = [p.share for p in self.config.ladder.phases() if p.share < self.share]
-        self.cap = max(lower, default=0.0)
+        shares = [p.share for p in self.config.ladder.phases()]
+        self.cap = max((s for s in shares if s <= bound / gap * self.share), default=0.0)
         return self.share > 0
 
     def finish_dense(self) -> None:

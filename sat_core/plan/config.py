@@ -57,7 +57,7 @@ class SatConfig:
         attention_unit: whole KV groups, or one query head in every group.
         compensation: add the mean contribution of the sleepers as a fixed bias (FLAP, arXiv 2312.11983).
         asleep_on: where the rows of sleepers wait; "host" is pinned memory.
-        max_gap: nats by which a sparse loss may exceed the dense one on the same batch before the ladder steps down a rung
+        max_gap: nats by which a sparse loss may exceed the dense one on the same batch before the ladder steps down
             for good; 0 is off, and then a metric of weights alone needs no probe.
         multiple: awake MLP channels are rounded to a multiple of this; None is 128 on a GPU, 8 on a CPU.
         seed: of random scores and of sampling.

@@ -90,7 +90,7 @@ class Guard:
 
     max_gap: float = setting(
         0.05,
-        "Nats by which a sparse loss may exceed the dense one, before the ladder steps down a rung for good; 0 is off.",
+        "Nats by which a sparse loss may exceed the dense one, before the ladder steps down for good; 0 is off.",
         ge=0,
     )
 

@@ -98,14 +98,12 @@ def test_a_gap_beyond_its_bound_brings_the_ladder_down(tmp_path: Path) -> None:
     events = run(tmp_path, sat)
     warned = [e["message"] for e in of_kind(events, "message") if e["level"] == "warn"]
     assert (
-        "more than sat.guard.max_gap 0.001: the ladder steps down to 67% of the full rate"
+        "more than sat.guard.max_gap 0.001: the ladder steps down to 0% of the full rate"
         in warned[0]
     )
-    chosen = of_kind(events, "selection")
-    assert (chosen[0]["share"], chosen[1]["share"]) == (1.0, pytest.approx(2 / 3))
-    for now, after in itertools.pairwise(chosen):
-        if now["gap"] is not None and now["gap"] > 1e-3:
-            assert after["share"] < now["share"]
+    first, second = of_kind(events, "selection")
+    assert (first["share"], second["share"], second["step"]) == (1, 0, first["step"] + 1)
+    assert first["gap"] > 3e-3, "a third of the full rate, the lowest rung, would be above it too"
 
 
 def test_probes_are_counted(tmp_path: Path) -> None:
@@ -277,6 +275,19 @@ def test_a_model_that_computes_no_numbers_at_a_rung_is_told_as_such(tmp_path: Pa
     assert events[-1]["code"] == "loss_not_finite"
 
 
+@pytest.mark.parametrize(
+    ("gap", "rung"), [(0.05, 0), (0.1, 0), (0.11, 1), (0.14, 1), (0.16, 2), (0.29, 2), (0.31, 3)]
+)
+def test_the_ladder_steps_down_to_where_the_gap_would_be_within_its_bound(
+    gap: float, rung: int
+) -> None:
+    sparsity = sparsity_of(tiny_model(), max_gap=0.1, rungs=3)
+    sparsity.begin_step(0, random_batch(0))
+    assert sparsity.note_gap(gap) == (rung > 0)
+    sparsity.begin_step(1, random_batch(0))
+    assert sparsity.share == pytest.approx([1, 2 / 3, 1 / 3, 0][rung])
+
+
 def test_a_gap_never_brings_back_what_trouble_ended() -> None:
     sparsity = sparsity_of(tiny_model(), max_gap=0.1, rungs=3)
     sparsity.begin_step(0, random_batch(0))
@@ -285,7 +296,7 @@ def test_a_gap_never_brings_back_what_trouble_ended() -> None:
     assert not sparsity.note_gap(0.2)
     assert sparsity.begin_step(1, random_batch(0)) is not None
     shares = [p.share for p in sparsity.config.ladder.phases()]
-    assert sparsity.share == shares[1]
+    assert sparsity.share == shares[2]
     sparsity.finish_dense()
     assert not sparsity.note_gap(float("nan"))
     assert not sparsity.note_gap(5.0)
