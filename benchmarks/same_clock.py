@@ -120,7 +120,7 @@ def clock(task: Task, ways: list[Way], work: Path, results: Results) -> dict[str
         arms = [
             SatuneArm(
                 way.name,
-                task.config(way, steps=task.steps, rate=1e-4, seed=0, work=work, curve=0),
+                task.config(way, steps=task.steps, rate=FIRST_RATE, seed=0, work=work, curve=0),
                 work,
             )
             for way in (DENSE, *(way for way in missing if way != DENSE))
