@@ -23,7 +23,7 @@ EVIDENCE = ROOT / "docs" / "evidence"
 STORED = str(EVIDENCE / "same-clock.jsonl")
 QUICK: dict[str, list[str]] = {
     "limit": ["--steps", "8"],
-    "peers": ["--steps", "40", "--libraries", "HF Trainer"],
+    "peers": ["--steps", "32", "--libraries", "HF Trainer"],
     "service": ["--quick"],
     "estimates": ["--only", "balanced", "fast", "LoRA", "--seconds", "8"],
     "same_clock": ["run", "--only", "demo/far", "--rates", STORED, "--arms", "dense", "SAT balanced", "SAT fast", "LoRA rank 32", "--seeds", "0", "1"],
