@@ -208,8 +208,8 @@ class Apart:
     """An arm in a process of its own: its main thread, its heap, nothing shared with the others but the processor.
 
     `train` is called there with the pipe's other end and `arguments`; it makes the arm, tells `Turn.done`, and then waits for
-    its turn before each step. The road not taken is a thread for who has a loop of his own: a thread allocates from another arena than the main
-    one, and one and the same arm is faster or slower by that alone.
+    its turn before each step. The road not taken is a thread for who has a loop of his own: a thread allocates from another
+    arena than the main one, and one and the same arm is faster or slower by that alone.
 
     Attributes:
         made_seconds: what making the arm took, from `Turn` on.
