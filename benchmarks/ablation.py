@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.arms import UNGUARDED, prepared, quietly
+from benchmarks.arms import STEPS_ALONE, prepared, quietly
 from benchmarks.report import Rows
 from cli.demo_material import make
 from sat_core.plan.config import TrainConfig
@@ -90,9 +90,7 @@ class Setting:
 def config_of(setting: Setting, cell: Cell, rate: float, seed: int, work: Path) -> TrainConfig:
     settings = {
         **rates(0.5),
-        **UNGUARDED,
-        "eval": {"every": 0, "forgetting_sequences": 0},
-        "checkpoints": {"every": 0},
+        **STEPS_ALONE,
         **cell.sat,
         "train": {
             "max_steps": round(setting.steps * cell.steps_share),

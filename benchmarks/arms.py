@@ -34,6 +34,12 @@ from sat_io.__main__ import main as sat_io
 
 # The planned ladder to its end: how large the gap of a random model is says nothing of one that has learned.
 UNGUARDED: dict[str, Any] = {"guard": {"max_gap": 0}}
+# Nothing beside the steps, where their speed is what is looked for.
+STEPS_ALONE: dict[str, Any] = {
+    **UNGUARDED,
+    "eval": {"every": 0, "forgetting_sequences": 0},
+    "checkpoints": {"every": 0},
+}
 
 
 class Arm(Protocol):

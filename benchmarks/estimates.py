@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.arms import UNGUARDED, Shape, random_llama
+from benchmarks.arms import STEPS_ALONE, Shape, random_llama
 from benchmarks.report import environment, figure, table, write
 from benchmarks.servers import Server, satune
 from cli.demo_material import Material, make
@@ -77,13 +77,12 @@ class Bench:
     def body(self, case: Case, *, steps: int, seed: int) -> dict[str, Any]:
         """The create body of a case."""
         train = {"max_steps": steps, "max_seq_len": case.width, "learning_rate": 1e-3} | case.train
-        rest = {"eval": {"every": 0, "forgetting_sequences": 0}, "checkpoints": {"every": 0}}
         return {
             "model": self.models[case.model],
             "training_file": self.files[case.data],
             "seed": seed,
             "hyperparameters": {"batch_size": case.batch},
-            "sat": {**rest, **UNGUARDED, **case.sat, "train": train},
+            "sat": {**STEPS_ALONE, **case.sat, "train": train},
         }
 
     def estimate(self, body: dict[str, Any]) -> dict[str, Any]:

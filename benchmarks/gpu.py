@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import UNGUARDED, SatuneArm, Shape, prepared, random_llama
+from benchmarks.arms import STEPS_ALONE, SatuneArm, Shape, prepared, random_llama
 from benchmarks.report import figure, table, write
 from cli.demo_material import make
 
@@ -73,7 +73,7 @@ def arm_of(
 ) -> SatuneArm:
     settings = {
         **sat,
-        **UNGUARDED,
+        **STEPS_ALONE,
         "train": {
             "max_steps": steps,
             "max_seq_len": shape.width,
@@ -81,8 +81,6 @@ def arm_of(
             "learning_rate": 1e-5,
             "compile": compiled,
         },
-        "eval": {"every": 0, "forgetting_sequences": 0},
-        "checkpoints": {"every": 0},
     }
     config = prepared(
         work,

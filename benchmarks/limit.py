@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.arms import UNGUARDED, SatuneArm, Shape, in_turn, prepared, random_llama
+from benchmarks.arms import STEPS_ALONE, SatuneArm, Shape, in_turn, prepared, random_llama
 from benchmarks.report import figure, table, write
 from cli.demo_material import make
 from sat_core import step as step_module
@@ -63,10 +63,8 @@ def arms_of(shape: Shape, work: Path, total_steps: int) -> list[SatuneArm]:
     for name, sat in ARMS.items():
         settings = {
             **sat,
-            **UNGUARDED,
+            **STEPS_ALONE,
             "train": {"max_steps": total_steps, "max_seq_len": shape.width, "learning_rate": 1e-4},
-            "eval": {"every": 0, "forgetting_sequences": 0},
-            "checkpoints": {"every": 0},
         }
         config = prepared(work, model=model, training=text, sat=settings, batch_size=shape.rows)
         arms.append(SatuneArm(name, config, work))

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.arms import (
-    UNGUARDED,
+    STEPS_ALONE,
     Apart,
     SatuneArm,
     Shape,
@@ -63,7 +63,7 @@ MEMORY_SHAPE = Shape(hidden=512, intermediate=2048, layers=4, heads=8, kv_heads=
 def config_of(name: str, sat: dict[str, Any], shape: Shape, steps: int, work: Path) -> TrainConfig:
     settings = {
         **sat,
-        **UNGUARDED,
+        **STEPS_ALONE,
         "train": {
             "max_steps": steps,
             "max_seq_len": shape.width,
@@ -71,8 +71,6 @@ def config_of(name: str, sat: dict[str, Any], shape: Shape, steps: int, work: Pa
             "weight_decay": WEIGHT_DECAY,
             "micro_batch_size": shape.rows,
         },
-        "eval": {"every": 0, "forgetting_sequences": 0},
-        "checkpoints": {"every": 0},
     }
     return prepared(
         work / name.replace(" ", "-"),
