@@ -46,11 +46,15 @@ def weight_score(block: SlicedBlock, metric: str, *, seed: int, step: int) -> Te
     return importance.joined(scored, block.kind) * importance.out_norm(rows_out, block.kind)
 
 
-def effects(piece: Piece, gradient_TH: Tensor, block: SlicedBlock) -> Tensor:
+def reached(piece: Piece, gradient_TH: Tensor) -> Tensor:
+    """What of the gradient of the block's output reaches the piece's inner values; float32 [t, I]."""
+    return gradient_TH[piece.tokens_t] @ piece.out_IH.float().T
+
+
+def effects(piece: Piece, gradient_tI: Tensor, block: SlicedBlock) -> Tensor:
     """Gradient of the loss for a factor on each unit's output, at each of the piece's tokens; float32 [t, units of the piece]."""
     values = block.out.segments[0]
-    reached_tI = gradient_TH[piece.tokens_t] @ piece.out_IH.float().T
-    effect_tI = piece.inner_tI.float() * reached_tI
+    effect_tI = piece.inner_tI.float() * gradient_tI
     return effect_tI.reshape(len(effect_tI), -1, values).sum(-1)
 
 

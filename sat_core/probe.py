@@ -37,6 +37,7 @@ from sat_core.pieces import (
     inner_rows,
     input_rows,
     out_rows,
+    reached,
     weight_score,
 )
 from sat_core.plan.config import GRADIENT_METRICS, WEIGHT_METRICS
@@ -100,7 +101,7 @@ class Probe:
         with_errors: whether to estimate what each rate would cost.
         seen: by `id` of the block, after `run`.
         loss: mean dense loss of the batch, nats; None without labels.
-        passes: forwards' worth of FLOPs spent: 1, or 3 with a backward.
+        passes: forwards' worth of FLOPs spent: 1, or 2 with a backward.
     """
 
     sparsity: Subject
@@ -154,7 +155,7 @@ class Probe:
             self.loss = mean_loss(self.sparsity.model, inputs)
 
     def _run_with_gradients(self, inputs: Inputs) -> None:
-        self.passes = 3
+        self.passes = 2
         embedded: list[Tensor] = []
 
         def at_embedding(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -164,9 +165,7 @@ class Probe:
         embeddings = self.sparsity.model.get_input_embeddings()
         hooks = [h for block in self.blocks for h in self._hooks(block)]
         hooks += [embeddings.register_forward_hook(at_embedding)]
-        for block in self.blocks:
-            owner = block.module if block.out.experts > 1 else block.out.owner
-            hooks.append(owner.register_forward_hook(self._at_gradient(block)))
+        hooks += [self._at_gradient(block) for block in self.blocks]
         with _removing(hooks), torch.enable_grad(), self.sparsity.dense_model():
             total, self._labels = summed_loss(self.sparsity.model, inputs)
             if self._labels:
@@ -174,14 +173,19 @@ class Probe:
                 torch.autograd.grad(total, embedded)
 
     def _at_gradient(self, block: SlicedBlock) -> Any:
-        """A forward hook that looks at the gradient of a block's output when the backward passes it."""
+        """A hook to look at the gradient of a block's inner values when the backward passes them.
+
+        Experts keep theirs to themselves, so that there it is computed again from the gradient of their output.
+        """
+        experts = block.out.experts > 1
 
         def arrived(gradient: Tensor) -> None:
             pieces = self._pieces.pop(id(block), None)
             if pieces is None:
                 return
-            gradient_TH = gradient.reshape(-1, gradient.shape[-1])[self._valid].float()
-            effect_tU = [effects(p, gradient_TH, block) for p in pieces]
+            valid = gradient.reshape(-1, gradient.shape[-1])[self._valid].float()
+            gradients_tI = [reached(p, valid) if experts else valid for p in pieces]
+            effect_tU = [effects(p, g, block) for p, g in zip(pieces, gradients_tI, strict=True)]
             found = self.seen[id(block)]
             fisher_U = torch.cat([importance.fisher(e, self._labels) for e in effect_tU])
             if self.sparsity.config.metric == "taylor":
@@ -192,10 +196,15 @@ class Probe:
                 ranked = self.sparsity.smoothed(block, found)
                 found.errors = self._fisher_errors(block, fisher_U, ranked)
 
-        def at_output(_: nn.Module, __: Any, output: Any) -> None:
+        def at_output(_: nn.Module, __: Any, output: Tensor) -> None:
             output.register_hook(arrived)
 
-        return at_output
+        def at_inner(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            args[0].register_hook(arrived)
+
+        if experts:
+            return block.module.register_forward_hook(at_output)
+        return block.out.owner.register_forward_pre_hook(at_inner)
 
     def _fisher_errors(
         self, block: SlicedBlock, fisher_U: Tensor, score_U: Tensor

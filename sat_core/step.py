@@ -70,13 +70,9 @@ class Stepper:
         started = time.perf_counter()
         self.parts.parallel.reseed(self.config.seed, self.counters.step)
         try:
-            batches = self._micro_batches()
-            rows = probe_rows(
-                self.config.sat,
-                self.config.batch_size,
-                batches[0].input_ids_BT.shape[1],
-                self.parts.parallel.world,
-            )
+            batches, config = self._micro_batches(), self.config
+            width, world = batches[0].input_ids_BT.shape[1], self.parts.parallel.world
+            rows = probe_rows(config.sat, config.batch_size, width, world)
             refresh = self._choose(batches[0].rows(0, rows))
             choice_seconds = time.perf_counter() - started
             probed = refresh is not None and refresh.dense_loss is not None

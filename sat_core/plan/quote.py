@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sat_core.plan.families import ModelShape
     from sat_core.plan.schedule import Phase
 
-# What the probes of a whole ladder may see of a run, within bounds for one probe in tokens: 256 chose as well as 1,024
+# What all probes of a run together may see of it, within bounds for one probe in tokens: 256 chose as well as 1,024
 # (docs/evidence/ablation.md).
 PROBE_SHARE = 0.01
 MIN_PROBE_TOKENS, MAX_PROBE_TOKENS = 256, 4096
@@ -59,17 +59,19 @@ def width_multiple(sat: SatConfig, *, gpu: bool) -> int:
 
 def probe_rows(sat: SatConfig, batch_size: int, width: int, world: int = 1) -> int:
     """Sequences of one rank that a probe looks at; all ranks together see what one process sees."""
-    stages = sum(phase.share > 0 for phase in sat.ladder.phases())
-    rows = PROBE_SHARE * sat.total_steps * batch_size / max(1, stages)
+    every = sat.refresh_every or sat.total_steps
+    sparse = (p for p in sat.ladder.phases() if p.share > 0)
+    probes = sum(1 + (p.last_step - p.first_step) // every for p in sparse)
+    rows = PROBE_SHARE * sat.total_steps * batch_size / max(1, probes)
     fewest, most = MIN_PROBE_TOKENS / width, MAX_PROBE_TOKENS // width
     return max(1, round(max(fewest, min(rows, most)) / world))
 
 
 def probe_passes(sat: SatConfig, *, stage_begins: bool) -> int:
-    """Forwards' worth of FLOPs that a probe of one process spends: none, one, or three with a backward."""
+    """Forwards' worth of FLOPs that a probe of one process spends: none, one, or two with a backward, which makes no gradient of a weight."""
     by_errors = stage_begins and sat.allotment == "sensitivity"
     if by_errors or sat.metric in GRADIENT_METRICS:
-        return 3
+        return 2
     looks = sat.metric not in WEIGHT_METRICS or sat.max_gap > 0 or sat.compensation
     return int(looks)
 
@@ -126,22 +128,20 @@ def schedule_preview(
     multiple = width_multiple(sat, gpu=gpu)
     rows = preview(shape, sat, multiple=multiple, seq_len=seq_len)
     counts = [row["last_step"] - row["first_step"] + 1 for row in rows]
-    means = {
-        kind: sum(n * row[f"omission_rate_{kind}"] for n, row in zip(counts, rows, strict=True))
-        / sat.total_steps
-        for kind in ("mlp", "attention")
-    }
-    ratio = (
-        sum(n * row["flops_share"] for n, row in zip(counts, rows, strict=True)) / sat.total_steps
-    )
+
+    def mean(name: str) -> float:
+        total: float = sum(n * row[name] for n, row in zip(counts, rows, strict=True))
+        return total / sat.total_steps
+
+    ratio = mean("flops_share")
     rungs = [
         {**row, "steps": n, "speedup_bound": 1 / row["flops_share"]}
         for n, row in zip(counts, rows, strict=True)
     ]
     return {
         "rungs": rungs,
-        "mean_omission_rate_mlp": means["mlp"],
-        "mean_omission_rate_attention": means["attention"],
+        "mean_omission_rate_mlp": mean("omission_rate_mlp"),
+        "mean_omission_rate_attention": mean("omission_rate_attention"),
         "flops_ratio": ratio,
         "speedup_bound": 1 / ratio,
     }
