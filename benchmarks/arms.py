@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
+from unittest import mock
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -31,6 +33,7 @@ from sat_core.parallel import Parallel
 from sat_core.plan.config import TrainConfig
 from sat_core.trainer import Run
 from sat_io.__main__ import main as sat_io
+from worker.child import KEEP_FREED
 
 # The planned ladder to its end: how large the gap of a random model is says nothing of one that has learned.
 UNGUARDED: dict[str, Any] = {"guard": {"max_gap": 0}}
@@ -195,6 +198,17 @@ class Turn:
         self._pipe.send(time.perf_counter() - self._started)
 
 
+def serve(turn: Turn, arm: SatuneArm) -> None:
+    """The process of an arm of Satune's, once the arm is made."""
+    turn.answers["counters"] = lambda: arm.run.counters
+    turn.answers["choice seconds"] = lambda: [e["seconds"] for e in arm.events("selection")]
+    turn.done()
+    while True:
+        turn.wait()
+        arm.advance()
+        turn.done()
+
+
 class TrainerTurns(TrainerCallback):
     """Lets a Trainer make one step at a time; fetching the batch is part of the step."""
 
@@ -221,12 +235,15 @@ class Apart:
         made_seconds: what making the arm took, from `Turn` on.
     """
 
+    environment: ClassVar[Mapping[str, str]] = {}
+
     def __init__(self, name: str, train: Callable[..., None], *arguments: Any) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=train, args=(theirs, *arguments), daemon=True)
-        self._process.start()
+        with mock.patch.dict(os.environ, self.environment):
+            self._process.start()
         theirs.close()
         self.made_seconds: float = self._pipe.recv()
 
@@ -241,6 +258,12 @@ class Apart:
     def close(self) -> None:
         self._pipe.send("close")
         self._process.join()
+
+
+class SatuneApart(Apart):
+    """One of Satune's, in the environment that the worker gives a training."""
+
+    environment = KEEP_FREED
 
 
 def in_turn(arms: Sequence[Arm], steps: int, *, say: bool = True) -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py [--full] [--out FOLDER]
 
-Without `--full`, meant for half an hour on two cores: `limit`, `peers`, `service`, three cases of `estimates`, and one task of `same_clock` with the learning
+Without `--full`, in half an hour on two cores: `limit`, `peers`, `service`, three cases of `estimates`, and one task of `same_clock` with the learning
 rates stored in docs/evidence. With it, everything, resumable where a program keeps rows. Each program runs as a process of its
 own and leaves its JSON in the folder, so that one that fails costs no other's result.
 """
@@ -22,8 +22,8 @@ from benchmarks.report import ROOT, table
 EVIDENCE = ROOT / "docs" / "evidence"
 STORED = str(EVIDENCE / "same-clock.jsonl")
 QUICK: dict[str, list[str]] = {
-    "limit": ["--steps", "8"],
-    "peers": ["--steps", "32", "--libraries", "HF Trainer"],
+    "limit": ["--steps", "10"],
+    "peers": ["--steps", "64", "--libraries", "HF Trainer"],
     "service": ["--quick"],
     "estimates": ["--only", "balanced", "fast", "LoRA", "--seconds", "8"],
     "same_clock": ["run", "--only", "demo/far", "--rates", STORED, "--arms", "dense", "SAT balanced", "SAT fast", "LoRA rank 32", "--seeds", "0", "1"],

@@ -3,8 +3,9 @@
     python benchmarks/limit.py [--json FILE] [--plot FILE] [--steps N]
 
 S is the measured speed-up over dense steps of the same run, S_b the one that counted FLOPs allow. Whole training steps
-first: real runs of the core, all that belongs to a step included, advancing in turn; then one decoder layer over widths
-and numbers of tokens; then where the time of a step goes. The count itself is held against torch's own counter, with the
+first, of two widths: real runs of the core, all that belongs to a step included, advancing in turn, each in a process of
+its own, for in a common one the narrow step is given memory that the wide one has touched; then one decoder layer over
+widths and numbers of tokens; then where the time of a step goes. The count itself is held against torch's own counter, with the
 math attention backend, for torch counts nothing for the others on a CPU (and counts the whole square of a causal mask).
 """
 
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,90 +28,125 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.arms import STEPS_ALONE, SatuneArm, Shape, in_turn, prepared, random_llama
+from benchmarks.arms import (
+    STEPS_ALONE,
+    SatuneApart,
+    SatuneArm,
+    Shape,
+    Turn,
+    in_turn,
+    prepared,
+    random_llama,
+    serve,
+)
 from benchmarks.report import figure, table, write
 from cli.demo_material import make
 from sat_core import step as step_module
 from sat_core.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
 from sat_core.plan.accounting import Cost, step_flops
-from sat_core.plan.config import SatConfig
+from sat_core.plan.config import SatConfig, TrainConfig
+from sat_core.progress import Counters
 from sat_core.sparsity import sparsify
 
 REFRESH_PERIODS = (1, 10, 50)
 EFFICIENCY_BAR = 0.90
 # A rate from the first step to the last, so that every step but the first is what is looked for.
 CONSTANT = {"schedule": {"dense_start": 0.0, "sparse_share": 1.0}}
+DENSE, MLP, BOTH = "dense", "MLP .5", "MLP .5, heads .5"
 ARMS: dict[str, dict[str, Any]] = {
-    "dense": {"mode": "off"},
-    "MLP .5": {"omission_rate": {"mlp": 0.5}, **CONSTANT},
-    "MLP .5, heads .5": {"omission_rate": {"mlp": 0.5, "attention": 0.5}, **CONSTANT},
-    "MLP .5, heads .5, chosen each step": {
-        "omission_rate": {"mlp": 0.5, "attention": 0.5},
-        "importance": {"refresh_every": 1},
-        **CONSTANT,
-    },
+    DENSE: {"mode": "off"},
+    MLP: {"omission_rate": {"mlp": 0.5}, **CONSTANT},
+    BOTH: {"omission_rate": {"mlp": 0.5, "attention": 0.5}, **CONSTANT},
 }
-BOTH, EACH_STEP = "MLP .5, heads .5", "MLP .5, heads .5, chosen each step"
+SHAPES = {
+    768: Shape(layers=4),
+    1024: Shape(hidden=1024, intermediate=4096, heads=16, layers=4),
+}
 # What choosing costs differs little from step to step, and an arm that does it each step is slow.
 CHOOSING_STEPS = 3
 GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear")
 
 
-def arms_of(shape: Shape, work: Path, total_steps: int) -> list[SatuneArm]:
-    model = random_llama(shape, work)
-    text = make(work).documents[0]
-    arms = []
-    for name, sat in ARMS.items():
-        settings = {
-            **sat,
-            **STEPS_ALONE,
-            "train": {"max_steps": total_steps, "max_seq_len": shape.width, "learning_rate": 1e-4},
-        }
-        config = prepared(work, model=model, training=text, sat=settings, batch_size=shape.rows)
-        arms.append(SatuneArm(name, config, work))
-    return arms
+class Choosing(SatuneArm):
+    """Every step of it is one at which units are chosen anew: those between are left out."""
+
+    def advance(self) -> float:
+        every, counters = self.run.config.sat.refresh_every, self.run.counters
+        counters.step = -(-counters.step // every) * every
+        return super().advance()
+
+
+def satune(pipe: Connection, config: TrainConfig, work: Path) -> None:
+    """The process of an arm."""
+    turn = Turn(pipe)
+    arm = (Choosing if config.sat.refresh_every else SatuneArm)("Satune", config, work)
+    turn.answers["breakdown"] = lambda: breakdown(arm, rounds=2)
+    serve(turn, arm)
+
+
+def apart(name: str, sat: dict[str, Any], shape: Shape, work: Path) -> SatuneApart:
+    """An arm in a process of its own, warmed up. The plan is of a long run, so that a probe sees what it would see of one."""
+    train = {"max_steps": 1000, "max_seq_len": shape.width, "learning_rate": 1e-4}
+    config = prepared(
+        work,
+        model=random_llama(shape, work),
+        training=make(work).documents[0],
+        sat={**sat, **STEPS_ALONE, "train": train},
+        batch_size=shape.rows,
+    )
+    arm = SatuneApart(name, satune, config, work)
+    arm.advance()
+    arm.advance()
+    return arm
 
 
 def whole_steps(
     shape: Shape, work: Path, steps: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Figures of whole training steps, and the breakdown of one dense and one sparse step."""
-    # The plan is of a long run, so that a probe sees what it would see of one.
-    arms = arms_of(shape, work, total_steps=1000)
-    try:
-        for arm in arms:
-            arm.advance()
-        by_name = {arm.name: arm for arm in arms}
-        seconds = in_turn([arm for arm in arms if arm.name != EACH_STEP], steps)
-        pair = in_turn([by_name[BOTH], by_name[EACH_STEP]], CHOOSING_STEPS)
-        choosing = statistics.median(
-            e - s for e, s in zip(pair[EACH_STEP], pair[BOTH], strict=True)
-        )
-        parts = {name: breakdown(by_name[name], rounds=2) for name in ("dense", "MLP .5")}
-        figures = efficiencies(by_name, seconds, max(0.0, choosing))
-        return figures, {"seconds": seconds, "choosing_seconds": choosing, "breakdown": parts}
-    finally:
-        for arm in arms:
-            arm.close()
+    arms = {name: apart(name, sat, shape, work) for name, sat in ARMS.items()}
+    seconds = in_turn(list(arms.values()), steps)
+    bounds = {name: flop_bound(arms[name].ask("counters")) for name in (MLP, BOTH)}
+    parts = {name: arms[name].ask("breakdown") for name in (DENSE, MLP)}
+    arms.pop(DENSE).close()
+    arms.pop(MLP).close()
+    for period in REFRESH_PERIODS:
+        sat = {**ARMS[BOTH], "importance": {"refresh_every": period}}
+        arms[f"each {period}"] = apart(f"each {period}", sat, shape, work)
+    pairs = in_turn(list(arms.values()), CHOOSING_STEPS)
+    choosing = {
+        p: max(0.0, statistics.median(e - s for e, s in zip(pairs[f"each {p}"], pairs[BOTH], strict=True)))
+        for p in REFRESH_PERIODS
+    }  # fmt: skip
+    for arm in arms.values():
+        arm.close()
+    figures = efficiencies(shape, bounds, seconds, choosing)
+    for arm_name, shares in parts.items():
+        name = f"width {shape.hidden}, {arm_name}"
+        figures += [figure(f"{name}: {part}", 100 * s, "%") for part, s in shares.items()]
+    return figures, {"seconds": seconds, "choosing_seconds": choosing, "breakdown": parts}
 
 
 def efficiencies(
-    arms: dict[str, SatuneArm], seconds: dict[str, list[float]], choosing: float
+    shape: Shape,
+    bounds: dict[str, float],
+    seconds: dict[str, list[float]],
+    choosing: dict[int, float],
 ) -> list[dict[str, Any]]:
-    """Speed-up, bound and efficiency without refresh and at each refresh period; `choosing` is what a refresh takes."""
-    dense = statistics.median(seconds["dense"])
+    """Speed-up, bound and efficiency without refresh and at each refresh period, of which `choosing` are the seconds."""
+    dense = statistics.median(seconds[DENSE])
     figures = []
-    for name in ("MLP .5", BOTH):
-        bound = flop_bound(arms[name])
-        low, speedup, high = ratio_quartiles(seconds["dense"], seconds[name])
+    for arm, bound in bounds.items():
+        name = f"width {shape.hidden}, {arm}"
+        low, speedup, high = ratio_quartiles(seconds[DENSE], seconds[arm])
         figures += [
             figure(f"speed-up of a step, {name}", speedup, "x", spread=(low, high)),
             figure(f"bound by counted FLOPs, {name}", bound, "x"),
         ]
         for period in REFRESH_PERIODS:
             # Seconds for each second of a dense step, so that the three stand on one scale.
-            share = choosing / period / dense
+            share = choosing[period] / period / dense
             found = [(1 / (1 / s + share) - 1) / (bound - 1) for s in (low, speedup, high)]
             figures.append(
                 figure(
@@ -123,9 +160,8 @@ def efficiencies(
     return figures
 
 
-def flop_bound(arm: SatuneArm) -> float:
+def flop_bound(counters: Counters) -> float:
     """Dense over sparse FLOPs, probes left out, of steps that all had one width."""
-    counters = arm.run.counters
     return counters.dense_flops / (counters.flops - counters.probe_flops)
 
 
@@ -302,15 +338,15 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a plot here")
     parser.add_argument("--steps", type=int, default=12, help="steps of each arm")
     args = parser.parse_args()
-    shape = Shape()
+    figures, details = [], {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         checked = count_check(work)
-        figures, details = whole_steps(shape, work, args.steps)
+        for width, shape in SHAPES.items():
+            found, details[width] = whole_steps(shape, work, args.steps)
+            figures += found
     layers = one_layer((512, 2048), (0.25, 0.5, 0.75), rounds=5)
     figures.append(figure("counted FLOPs over torch's own count", checked, "x"))
-    for arm, shares in details["breakdown"].items():
-        figures += [figure(f"{arm}: {part}", 100 * share, "%") for part, share in shares.items()]
     print(table(figures))
     print(
         "\n| width | tokens | rate | speed-up of a layer | bound | efficiency |\n|---|---|---|---|---|---|"
@@ -318,7 +354,14 @@ def main() -> None:
     for r in layers:
         print(f"| {r['hidden']} | {r['tokens']} | {r['rate']} | {r['speedup']:.2f}x | {r['bound']:.2f}x | {r['efficiency']:.2f} |")  # fmt: skip
     if args.json:
-        write(args.json, "limit", figures, shape=vars(shape), layers=layers, **details)
+        write(
+            args.json,
+            "limit",
+            figures,
+            shapes=[vars(s) for s in SHAPES.values()],
+            layers=layers,
+            steps=details,
+        )
     if args.plot:
         plot(layers, args.plot)
 

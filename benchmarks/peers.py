@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.arms import (
     STEPS_ALONE,
     Apart,
+    SatuneApart,
     SatuneArm,
     Shape,
     TrainerTurns,
@@ -38,6 +39,7 @@ from benchmarks.arms import (
     in_turn,
     prepared,
     random_llama,
+    serve,
 )
 from benchmarks.report import figure, table, write
 from cli.demo_material import make
@@ -85,14 +87,7 @@ def satune(pipe: Connection, config: TrainConfig, work: Path) -> None:
     """The process of an arm of Satune's."""
     turn = Turn(pipe)
     turn.answers |= memory_answers()
-    arm = SatuneArm("Satune", config, work)
-    turn.answers["counters"] = lambda: arm.run.counters
-    turn.answers["choice seconds"] = lambda: [e["seconds"] for e in arm.events("selection")]
-    turn.done()
-    while True:
-        turn.wait()
-        arm.advance()
-        turn.done()
+    serve(turn, SatuneArm("Satune", config, work))
 
 
 def library(
@@ -189,7 +184,7 @@ def whole_runs(
     """Every arm from its first step to its last, ladder and dense start included."""
     configs = {name: config_of(name, sat, shape, steps, work) for name, sat in SATUNE.items()}
     corpus = Path(configs["Satune dense"].corpus)
-    ours = [Apart(name, satune, config, work) for name, config in configs.items()]
+    ours = [SatuneApart(name, satune, config, work) for name, config in configs.items()]
     others = [Apart(name, library, name, shape, steps, work, corpus) for name in libraries]
     seconds = in_turn([*ours, *others], steps)
     counted = {arm.name: arm.ask("counters") for arm in ours}
@@ -228,16 +223,16 @@ def whole_runs(
     return figures, {"seconds": seconds, "choice_seconds": choices}
 
 
-def memory() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def memory(libraries: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Peak memory of a step above what was there before the model, and the time to the first step, of each arm alone."""
     found = {}
-    for name in ("dense", "sparse", TRAINER, SFT, LORA):
-        with tempfile.TemporaryDirectory() as folder:
-            work = Path(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for name in ("dense", "sparse", *libraries):
             sat = SPARSE_STEP if name == "sparse" else {"mode": "off"}
             config = config_of(name, sat, MEMORY_SHAPE, 1000, work)
             if name in ("dense", "sparse"):
-                arm = Apart(name, satune, config, work)
+                arm: Apart = SatuneApart(name, satune, config, work)
             else:
                 arm = Apart(name, library, name, MEMORY_SHAPE, 8, work, Path(config.corpus))
             first = arm.made_seconds + arm.advance()
@@ -283,10 +278,11 @@ def main() -> None:
         "--libraries", nargs="+", choices=[TRAINER, SFT, LORA], default=[TRAINER, SFT, LORA], help="beside which"
     )  # fmt: skip
     args = parser.parse_args()
-    shape = Shape(layers=4, rows=2)
+    # Sequences as short as the smallest probe, so that a short run is to a long one as its steps are.
+    shape = Shape(layers=4, rows=4, width=256)
     with tempfile.TemporaryDirectory() as folder:
         figures, details = whole_runs(shape, args.steps, Path(folder), args.libraries)
-    more, processes = memory() if not torch.cuda.is_available() else ([], {})
+    more, processes = memory(args.libraries) if not torch.cuda.is_available() else ([], {})
     figures += more
     print(table(figures))
     if args.json:

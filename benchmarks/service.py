@@ -63,7 +63,7 @@ class Size:
     poll_seconds: float
     pairs: int
     training_seconds: float
-    # Of those that are there: where polls are measured, and where MLflow is started.
+    # Of those that are there: where polls are measured, where MLflow stands beside, and where lists and rows are long.
     polled: tuple[str, ...]
     rivalled: tuple[str, ...]
     scaled: tuple[str, ...]
@@ -279,15 +279,17 @@ def beside_mlflow(bench: Bench) -> Figures:
         python = None
     prepared, lines, batch = _a_run(bench)
     figures = [figure("rows a write of the worker, 200 steps of a real run", batch, "")]
-    for database, make_url in bench.databases.items():
+    for database in (d for d in bench.size.rivalled if d in bench.databases):
         name = f"tracking_{database.lower()}"
         with ExitStack() as stack:
             ours = stack.enter_context(bench.server(name, database, worker=False))
             theirs = None
             try:
-                if python and database in bench.size.rivalled:
+                if python:
                     name = f"mlflow_{database.lower()}"
-                    there = mlflow(python, bench.scratch / name, database_url=make_url(name))
+                    there = mlflow(
+                        python, bench.scratch / name, database_url=bench.databases[database](name)
+                    )
                     theirs = stack.enter_context(there)
             except NotStartedError as error:
                 print(f"MLFLOW ON {database.upper()} IS LEFT OUT: {error}", flush=True)
