@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -46,6 +47,7 @@ from sat_core.corpus import IGNORED_LABEL, Batch
 from sat_core.loss import token_loss
 from sat_core.plan.accounting import Cost, step_flops
 from sat_core.plan.config import SatConfig, TrainConfig
+from sat_core.plan.quote import probe_rows
 from sat_core.progress import Counters
 from sat_core.sparsity import sparsify
 
@@ -63,25 +65,16 @@ SHAPES = {
     768: Shape(layers=4),
     1024: Shape(hidden=1024, intermediate=4096, heads=16, layers=4),
 }
-# What choosing costs differs little from step to step, and an arm that does it each step is slow.
-CHOOSING_STEPS = 3
+CHOICES = 3
 GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear")
-
-
-class Choosing(SatuneArm):
-    """Every step of it is one at which units are chosen anew: those between are left out."""
-
-    def advance(self) -> float:
-        every, counters = self.run.config.sat.refresh_every, self.run.counters
-        counters.step = -(-counters.step // every) * every
-        return super().advance()
 
 
 def satune(pipe: Connection, config: TrainConfig, work: Path) -> None:
     """The process of an arm."""
     turn = Turn(pipe)
-    arm = (Choosing if config.sat.refresh_every else SatuneArm)("Satune", config, work)
+    arm = SatuneArm("Satune", config, work)
     turn.answers["breakdown"] = lambda: breakdown(arm, rounds=2)
+    turn.answers["choosing"] = lambda: choosing(arm)
     serve(turn, arm)
 
 
@@ -109,32 +102,23 @@ def whole_steps(
     seconds = in_turn(list(arms.values()), steps)
     bounds = {name: flop_bound(arms[name].ask("counters")) for name in (MLP, BOTH)}
     parts = {name: arms[name].ask("breakdown") for name in (DENSE, MLP)}
-    arms.pop(DENSE).close()
-    arms.pop(MLP).close()
-    for period in REFRESH_PERIODS:
-        sat = {**ARMS[BOTH], "importance": {"refresh_every": period}}
-        arms[f"each {period}"] = apart(f"each {period}", sat, shape, work)
-    pairs = in_turn(list(arms.values()), CHOOSING_STEPS)
-    choosing = {
-        p: max(0.0, statistics.median(e - s for e, s in zip(pairs[f"each {p}"], pairs[BOTH], strict=True)))
-        for p in REFRESH_PERIODS
-    }  # fmt: skip
+    refreshes = arms[BOTH].ask("choosing")
     for arm in arms.values():
         arm.close()
-    figures = efficiencies(shape, bounds, seconds, choosing)
+    figures = efficiencies(shape, bounds, seconds, refreshes)
     for arm_name, shares in parts.items():
         name = f"width {shape.hidden}, {arm_name}"
         figures += [figure(f"{name}: {part}", 100 * s, "%") for part, s in shares.items()]
-    return figures, {"seconds": seconds, "choosing_seconds": choosing, "breakdown": parts}
+    return figures, {"seconds": seconds, "choosing_seconds": refreshes, "breakdown": parts}
 
 
 def efficiencies(
     shape: Shape,
     bounds: dict[str, float],
     seconds: dict[str, list[float]],
-    choosing: dict[int, float],
+    refreshes: dict[int, float],
 ) -> list[dict[str, Any]]:
-    """Speed-up, bound and efficiency without refresh and at each refresh period, of which `choosing` are the seconds."""
+    """Speed-up, bound and efficiency without refresh and at each refresh period; `refreshes` are the seconds of one."""
     dense = statistics.median(seconds[DENSE])
     figures = []
     for arm, bound in bounds.items():
@@ -146,7 +130,7 @@ def efficiencies(
         ]
         for period in REFRESH_PERIODS:
             # Seconds for each second of a dense step, so that the three stand on one scale.
-            share = choosing[period] / period / dense
+            share = refreshes[period] / period / dense
             found = [(1 / (1 / s + share) - 1) / (bound - 1) for s in (low, speedup, high)]
             figures.append(
                 figure(
@@ -158,6 +142,22 @@ def efficiencies(
                 )
             )
     return figures
+
+
+def choosing(arm: SatuneArm) -> dict[int, float]:
+    """Seconds of a refresh inside a stage, at each period on as much as its probe looks at."""
+    run, seconds = arm.run, {}
+    batch = run.stepper._micro_batches()[0]
+    for period in REFRESH_PERIODS:
+        sat = dataclasses.replace(run.config.sat, refresh_every=period)
+        rows = probe_rows(sat, run.config.batch_size, batch.input_ids_BT.shape[1])
+        taken = []
+        for number in range(CHOICES):
+            started = time.perf_counter()
+            run.parts.sparsity.choose(number, batch.rows(0, rows), allot_anew=False)
+            taken.append(time.perf_counter() - started)
+        seconds[period] = statistics.median(taken)
+    return seconds
 
 
 def flop_bound(counters: Counters) -> float:
