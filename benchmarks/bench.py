@@ -22,15 +22,15 @@ from benchmarks.report import ROOT, table
 EVIDENCE = ROOT / "docs" / "evidence"
 STORED = str(EVIDENCE / "same-clock.jsonl")
 QUICK: dict[str, list[str]] = {
-    "limit": ["--steps", "10"],
-    "peers": ["--steps", "64", "--libraries", "HF Trainer"],
+    "limit": ["--steps", "5"],
+    "peers": ["--steps", "80", "--libraries", "HF Trainer"],
     "service": ["--quick"],
     "estimates": ["--only", "balanced", "fast", "LoRA", "--seconds", "8"],
     "same_clock": ["run", "--only", "demo/far", "--rates", STORED, "--arms", "dense", "SAT balanced", "SAT fast", "LoRA rank 32", "--seeds", "0", "1"],
 }  # fmt: skip
 FULL: dict[str, list[str]] = {
-    "limit": ["--steps", "30", "--plot", str(EVIDENCE / "limit.png")],
-    "peers": ["--steps", "100", "--plot", str(EVIDENCE / "peers.png")],
+    "limit": ["--steps", "20", "--plot", str(EVIDENCE / "limit.png")],
+    "peers": ["--steps", "120", "--plot", str(EVIDENCE / "peers.png")],
     "service": [],
     "estimates": ["--md", str(EVIDENCE / "estimates.md")],
     "same_clock": ["run", "--jsonl", STORED],

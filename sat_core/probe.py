@@ -196,10 +196,10 @@ class Probe:
                 ranked = self.sparsity.smoothed(block, found)
                 found.errors = self._fisher_errors(block, fisher_U, ranked)
 
-        def at_output(_: nn.Module, __: Any, output: Tensor) -> None:
+        def at_output(_: nn.Module, __: Any, output: Any) -> None:
             output.register_hook(arrived)
 
-        def at_inner(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def at_inner(_: nn.Module, args: tuple[Any, ...]) -> None:
             args[0].register_hook(arrived)
 
         if experts:
