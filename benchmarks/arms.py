@@ -3,7 +3,8 @@
 Each arm holds a run that stands still between steps, so arms can be advanced alternately, step by step, and whatever else
 the machine does slows all of them alike. That is why a ratio of two arms is worth something on a busy machine; runs one
 after the other, the road not taken, need a quiet one. A Satune arm is a real run of the core with all that belongs to a
-step: choosing, probes, guards, events. Where another library's run stands beside it, each has a process of its own.
+step: choosing, probes, guards, events. Where a few per cent count each has a process of its own (`Apart`), for what one has
+allocated makes another faster or slower.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ class Apart:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=train, args=(theirs, *arguments), daemon=True)
-        with mock.patch.dict(os.environ, self.environment):
+        with mock.patch.dict(os.environ, {**self.environment, **os.environ}):
             self._process.start()
         theirs.close()
         self.made_seconds: float = self._pipe.recv()
@@ -261,7 +262,7 @@ class Apart:
 
 
 class SatuneApart(Apart):
-    """One of Satune's, in the environment that the worker gives a training."""
+    """One of Satune's, with the settings of the allocator that the worker gives a training."""
 
     environment = KEEP_FREED
 

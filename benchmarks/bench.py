@@ -22,7 +22,7 @@ from benchmarks.report import ROOT, table
 EVIDENCE = ROOT / "docs" / "evidence"
 STORED = str(EVIDENCE / "same-clock.jsonl")
 QUICK: dict[str, list[str]] = {
-    "limit": ["--steps", "5"],
+    "limit": ["--steps", "6", "--quick"],
     "peers": ["--steps", "80", "--libraries", "HF Trainer"],
     "service": ["--quick"],
     "estimates": ["--only", "balanced", "fast", "LoRA", "--seconds", "8"],

@@ -4,8 +4,8 @@
 
 S is the measured speed-up over dense steps of the same run, S_b the one that counted FLOPs allow. Whole training steps
 first, of two widths: real runs of the core, all that belongs to a step included, advancing in turn, each in a process of
-its own, for in a common one the narrow step is given memory that the wide one has touched; then one decoder layer over
-widths and numbers of tokens; then where the time of a step goes. The count itself is held against torch's own counter, with the
+its own, for in a common one the narrow step is given memory that the wide one has touched; where the time of a step goes;
+then, in one process, one decoder layer over widths and numbers of tokens. The count itself is held against torch's own counter, with the
 math attention backend, for torch counts nothing for the others on a CPU (and counts the whole square of a causal mask).
 """
 
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def satune(pipe: Connection, config: TrainConfig, work: Path) -> None:
     turn = Turn(pipe)
     arm = SatuneArm("Satune", config, work)
     turn.answers["breakdown"] = lambda: breakdown(arm, rounds=2)
-    turn.answers["choosing"] = lambda: choosing(arm)
+    turn.answers |= {f"refresh {p}": partial(refresh_seconds, arm, p) for p in REFRESH_PERIODS}
     serve(turn, arm)
 
 
@@ -95,28 +96,29 @@ def apart(name: str, sat: dict[str, Any], shape: Shape, work: Path) -> SatuneApa
 
 
 def whole_steps(
-    shape: Shape, work: Path, steps: int
+    shape: Shape, work: Path, steps: int, *, quick: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Figures of whole training steps, and the breakdown of one dense and one sparse step."""
+    """Figures of whole training steps, and unless `quick` the breakdown of one dense and one sparse step."""
     arms = {name: apart(name, sat, shape, work) for name, sat in ARMS.items()}
     seconds = in_turn(list(arms.values()), steps)
     bounds = {name: flop_bound(arms[name].ask("counters")) for name in (MLP, BOTH)}
-    parts = {name: arms[name].ask("breakdown") for name in (DENSE, MLP)}
-    refreshes = arms[BOTH].ask("choosing")
+    parts = {} if quick else {name: arms[name].ask("breakdown") for name in (DENSE, MLP)}
+    periods = REFRESH_PERIODS[-1:] if quick else REFRESH_PERIODS
+    refreshes = {n: {p: arms[n].ask(f"refresh {p}") for p in periods} for n in (MLP, BOTH)}
     for arm in arms.values():
         arm.close()
     figures = efficiencies(shape, bounds, seconds, refreshes)
     for arm_name, shares in parts.items():
         name = f"width {shape.hidden}, {arm_name}"
         figures += [figure(f"{name}: {part}", 100 * s, "%") for part, s in shares.items()]
-    return figures, {"seconds": seconds, "choosing_seconds": refreshes, "breakdown": parts}
+    return figures, {"seconds": seconds, "refresh_seconds": refreshes, "breakdown": parts}
 
 
 def efficiencies(
     shape: Shape,
     bounds: dict[str, float],
     seconds: dict[str, list[float]],
-    refreshes: dict[int, float],
+    refreshes: dict[str, dict[int, float]],
 ) -> list[dict[str, Any]]:
     """Speed-up, bound and efficiency without refresh and at each refresh period; `refreshes` are the seconds of one."""
     dense = statistics.median(seconds[DENSE])
@@ -128,9 +130,9 @@ def efficiencies(
             figure(f"speed-up of a step, {name}", speedup, "x", spread=(low, high)),
             figure(f"bound by counted FLOPs, {name}", bound, "x"),
         ]
-        for period in REFRESH_PERIODS:
+        for period, taken in refreshes[arm].items():
             # Seconds for each second of a dense step, so that the three stand on one scale.
-            share = refreshes[period] / period / dense
+            share = taken / period / dense
             found = [(1 / (1 / s + share) - 1) / (bound - 1) for s in (low, speedup, high)]
             figures.append(
                 figure(
@@ -144,20 +146,22 @@ def efficiencies(
     return figures
 
 
-def choosing(arm: SatuneArm) -> dict[int, float]:
-    """Seconds of a refresh inside a stage, at each period on as much as its probe looks at."""
-    run, seconds = arm.run, {}
-    batch = run.stepper._micro_batches()[0]
-    for period in REFRESH_PERIODS:
-        sat = dataclasses.replace(run.config.sat, refresh_every=period)
+def refresh_seconds(arm: SatuneArm, period: int) -> float:
+    """Seconds of a refresh inside a stage, on as much as its probe looks at with this period."""
+    run = arm.run
+    sat = dataclasses.replace(run.config.sat, refresh_every=period)
+    taken = []
+    for _ in range(CHOICES):
+        # Other weights and other sequences each time, so that units move.
+        arm.advance()
+        batch = run.stepper._micro_batches()[0]
         rows = probe_rows(sat, run.config.batch_size, batch.input_ids_BT.shape[1])
-        taken = []
-        for number in range(CHOICES):
-            started = time.perf_counter()
-            run.parts.sparsity.choose(number, batch.rows(0, rows), allot_anew=False)
-            taken.append(time.perf_counter() - started)
-        seconds[period] = statistics.median(taken)
-    return seconds
+        started = time.perf_counter()
+        made = run.parts.sparsity.choose(run.counters.step, batch.rows(0, rows), allot_anew=False)
+        taken.append(time.perf_counter() - started)
+        if not any(made.churn.values()):
+            raise RuntimeError("a refresh moved nobody, which is not what is to be timed")
+    return statistics.median(taken)
 
 
 def flop_bound(counters: Counters) -> float:
@@ -337,20 +341,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--plot", type=Path, help="write a plot here")
     parser.add_argument("--steps", type=int, default=12, help="steps of each arm")
+    parser.add_argument("--quick", action="store_true", help="efficiencies of whole steps alone")
     args = parser.parse_args()
     figures, details = [], {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         checked = count_check(work)
         for width, shape in SHAPES.items():
-            found, details[width] = whole_steps(shape, work, args.steps)
+            found, details[width] = whole_steps(shape, work, args.steps, quick=args.quick)
             figures += found
-    layers = one_layer((512, 2048), (0.25, 0.5, 0.75), rounds=5)
+    layers = [] if args.quick else one_layer((512, 2048), (0.25, 0.5, 0.75), rounds=5)
     figures.append(figure("counted FLOPs over torch's own count", checked, "x"))
     print(table(figures))
-    print(
-        "\n| width | tokens | rate | speed-up of a layer | bound | efficiency |\n|---|---|---|---|---|---|"
-    )
+    if layers:
+        print(
+            "\n| width | tokens | rate | speed-up of a layer | bound | efficiency |\n|---|---|---|---|---|---|"
+        )
     for r in layers:
         print(f"| {r['hidden']} | {r['tokens']} | {r['rate']} | {r['speedup']:.2f}x | {r['bound']:.2f}x | {r['efficiency']:.2f} |")  # fmt: skip
     if args.json:
@@ -362,7 +368,7 @@ def main() -> None:
             layers=layers,
             steps=details,
         )
-    if args.plot:
+    if args.plot and layers:
         plot(layers, args.plot)
 
 

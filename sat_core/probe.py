@@ -101,7 +101,7 @@ class Probe:
         with_errors: whether to estimate what each rate would cost.
         seen: by `id` of the block, after `run`.
         loss: mean dense loss of the batch, nats; None without labels.
-        passes: forwards' worth of FLOPs spent: 1, or 2 with a backward.
+        passes: forwards' worth of FLOPs spent: 1, or with a backward 2; 3 where there are experts.
     """
 
     sparsity: Subject
@@ -155,7 +155,7 @@ class Probe:
             self.loss = mean_loss(self.sparsity.model, inputs)
 
     def _run_with_gradients(self, inputs: Inputs) -> None:
-        self.passes = 2
+        self.passes = 2 + any(block.out.experts > 1 for block in self.blocks)
         embedded: list[Tensor] = []
 
         def at_embedding(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class Sparsity:
             if (config.pooled or rates[b.kind] > 0 if allot_anew else b.num_awake < b.num_units)
         ]
         probe = Probe(self, chosen, step, with_errors=by_errors)
-        probed = bool(chosen) and probe_passes(config, stage_begins=allot_anew) > 0
+        probed = bool(chosen) and probe_passes(config, self.shape, stage_begins=allot_anew) > 0
         if probed:
             probe.run(inputs)
             self._agree(probe)

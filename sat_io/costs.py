@@ -53,7 +53,7 @@ class Costs:
         every = self._config.sat.refresh_every
         found = []
         for phase in self._config.sat.ladder.phases():
-            inside = range(phase.first_step + every, phase.last_step + 1, every) if every else ()
+            inside = phase.refreshes(every)
             # Beyond this many their mean says as much.
             seen = inside[:: max(1, len(inside) // 1000)]
             refreshes = Cost.sum(map(self._probe, seen))

@@ -17,8 +17,9 @@ from pathlib import Path
 from jobs.states import Stage
 
 NICENESS = 10
-# A step's tensors come back at the next one. By default the C library gives them back to the kernel in between, which costs
-# a step of few threads 1 to 5 %; memory at its peak is the same. Of glibc; others do not look at it.
+# A step's tensors come back at the next one. By default the C library gives those below 32 MiB back to the kernel in
+# between, which costs a step of few threads 1 to 5 %. The peak is the same, but memory stays at it. Of glibc; others do
+# not look at it.
 KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 

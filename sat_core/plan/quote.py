@@ -59,19 +59,21 @@ def width_multiple(sat: SatConfig, *, gpu: bool) -> int:
 
 def probe_rows(sat: SatConfig, batch_size: int, width: int, world: int = 1) -> int:
     """Sequences of one rank that a probe looks at; all ranks together see what one process sees."""
-    every = sat.refresh_every or sat.total_steps
-    sparse = (p for p in sat.ladder.phases() if p.share > 0)
-    probes = sum(1 + (p.last_step - p.first_step) // every for p in sparse)
+    sparse = (phase for phase in sat.ladder.phases() if phase.share > 0)
+    probes = sum(1 + len(phase.refreshes(sat.refresh_every)) for phase in sparse)
     rows = PROBE_SHARE * sat.total_steps * batch_size / max(1, probes)
     fewest, most = MIN_PROBE_TOKENS / width, MAX_PROBE_TOKENS // width
     return max(1, round(max(fewest, min(rows, most)) / world))
 
 
-def probe_passes(sat: SatConfig, *, stage_begins: bool) -> int:
-    """Forwards' worth of FLOPs that a probe of one process spends: none, one, or two with a backward, which makes no gradient of a weight."""
+def probe_passes(sat: SatConfig, shape: ModelShape, *, stage_begins: bool) -> int:
+    """Forwards' worth of FLOPs that a probe of one process spends: none, one, or two with a backward to no weight.
+
+    It is three where there are experts, whose inner values it has to compute again.
+    """
     by_errors = stage_begins and sat.allotment == "sensitivity"
     if by_errors or sat.metric in GRADIENT_METRICS:
-        return 2
+        return 2 + (shape.experts > 1 and sat.mlp_rate > 0)
     looks = sat.metric not in WEIGHT_METRICS or sat.max_gap > 0 or sat.compensation
     return int(looks)
 
@@ -92,7 +94,7 @@ def quote(config: TrainConfig, costs: Sequence[PhaseCost], *, gpu: bool) -> dict
         widths = planned_widths(shape, sat, share, multiple) if share else everything
         probe = 0
         if share:
-            begin, inside = (probe_passes(sat, stage_begins=b) for b in (True, False))
+            begin, inside = (probe_passes(sat, shape, stage_begins=b) for b in (True, False))
             probe = begin * forward_flops(shape, everything, cost.begin)
             probe += inside * forward_flops(shape, everything, cost.refreshes)
         dense = step_flops(shape, everything, cost.steps)

@@ -31,6 +31,10 @@ class Phase:
     share: float
     state: str
 
+    def refreshes(self, every: int) -> range:
+        """Steps inside the phase at which units are chosen anew, its first one left out; none where `every` is 0."""
+        return range(self.first_step + every, self.last_step + 1, every) if every else range(0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder:

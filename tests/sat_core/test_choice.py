@@ -133,6 +133,19 @@ def test_taylor_is_the_weights_times_their_gradients() -> None:
     torch.testing.assert_close(got[5], groups.float().detach(), rtol=1e-5, atol=1e-7)
 
 
+def test_taylor_of_experts_is_their_weights_times_their_gradients() -> None:
+    model, batch = tiny_model("mixtral").double(), random_batch(0)
+    token_loss(model, batch).total.backward()
+    down_EHI = model.model.layers[1].mlp.experts.down_proj
+    channels = (down_EHI * down_EHI.grad).sum(1).flatten().abs()
+    model.zero_grad()
+    sparsity = sparsity_of(model, metric="taylor")
+    torch.testing.assert_close(
+        scores(sparsity, batch)[1], channels.float().detach(), rtol=1e-5, atol=1e-7
+    )
+    assert sparsity.choose(0, batch).passes == 3
+
+
 def test_the_price_of_a_width_is_the_sum_of_its_sleepers() -> None:
     model, batch = tiny_model("llama").double(), random_batch(0)
     sparsity = sparsity_of(model, allotment="sensitivity")

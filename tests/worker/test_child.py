@@ -26,8 +26,10 @@ def environment_of(command: str, folder: Path) -> dict[str, str]:
 
 
 def test_a_training_keeps_what_it_frees_and_what_reads_strangers_data_does_not(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in KEEP_FREED:
+        monkeypatch.delenv(name, raising=False)
     assert environment_of(Stage.TRAIN, tmp_path).items() >= KEEP_FREED.items()
     assert not environment_of(Stage.PREPARE, tmp_path).keys() & KEEP_FREED.keys()
 
