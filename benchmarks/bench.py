@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py [--full] [--out FOLDER]
 
-Without `--full`, in half an hour on two cores: `limit`, `peers`, `service`, three cases of `estimates`, and one task of `same_clock` with the learning
+Without `--full`, in half an hour on two cores: `limit`, `peers`, `service`, a case of `estimates`, and one task of `same_clock` with the learning
 rates stored in docs/evidence. With it, everything, resumable where a program keeps rows. Each program runs as a process of its
 own and leaves its JSON in the folder, so that one that fails costs no other's result.
 """
@@ -25,7 +25,7 @@ QUICK: dict[str, list[str]] = {
     "limit": ["--steps", "6", "--quick"],
     "peers": ["--steps", "80", "--libraries", "HF Trainer"],
     "service": ["--quick"],
-    "estimates": ["--only", "balanced", "fast", "LoRA", "--seconds", "8"],
+    "estimates": ["--only", "balanced", "--seconds", "8"],
     "same_clock": ["run", "--only", "demo/far", "--rates", STORED, "--arms", "dense", "SAT balanced", "SAT fast", "LoRA rank 32", "--seeds", "0", "1"],
 }  # fmt: skip
 FULL: dict[str, list[str]] = {

@@ -60,7 +60,7 @@ SPARSE_STEP = {
     "schedule": {"dense_start": 0.0, "sparse_share": 1.0},
 }
 # Theirs are all alike, so that some are enough.
-LIBRARY_STEPS = 40
+LIBRARY_STEPS = 24
 MEMORY_SHAPE = Shape(hidden=512, intermediate=2048, layers=4, heads=8, kv_heads=4, rows=16)
 
 
@@ -249,7 +249,6 @@ def memory(libraries: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             arm.advance()
             # What follows is a step's peak, not a probe's.
             arm.ask("forget peak")
-            arm.advance()
             arm.advance()
             found[name] = {"peak_bytes": arm.ask("peak bytes"), "first_step_seconds": first}
             arm.close()
