@@ -1,12 +1,13 @@
 """How close a sparse step comes to what its arithmetic allows: efficiency = (S - 1) / (S_b - 1).
 
-    python benchmarks/limit.py [--json FILE] [--plot FILE] [--steps N]
+    python benchmarks/limit.py [--json FILE] [--plot FILE] [--steps N] [--quick]
 
 S is the measured speed-up over dense steps of the same run, S_b the one that counted FLOPs allow. Whole training steps
 first, of two widths: real runs of the core, all that belongs to a step included, advancing in turn, each in a process of
 its own, for in a common one the narrow step is given memory that the wide one has touched; where the time of a step goes;
-then, in one process, one decoder layer over widths and numbers of tokens. The count itself is held against torch's own counter, with the
-math attention backend, for torch counts nothing for the others on a CPU (and counts the whole square of a causal mask).
+then, in one process, one decoder layer over widths and numbers of tokens. The count itself is held against torch's own
+counter, with the math attention backend, for torch counts nothing for the others on a CPU (and counts the whole square
+of a causal mask).
 """
 
 from __future__ import annotations
@@ -62,10 +63,7 @@ ARMS: dict[str, dict[str, Any]] = {
     MLP: {"omission_rate": {"mlp": 0.5}, **CONSTANT},
     BOTH: {"omission_rate": {"mlp": 0.5, "attention": 0.5}, **CONSTANT},
 }
-SHAPES = {
-    768: Shape(layers=4),
-    1024: Shape(hidden=1024, intermediate=4096, heads=16, layers=4),
-}
+SHAPES = (Shape(layers=4), Shape(hidden=1024, intermediate=4096, heads=16, layers=4))
 CHOICES = 3
 GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear")
 
@@ -347,8 +345,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         checked = count_check(work)
-        for width, shape in SHAPES.items():
-            found, details[width] = whole_steps(shape, work, args.steps, quick=args.quick)
+        for shape in SHAPES:
+            found, details[shape.hidden] = whole_steps(shape, work, args.steps, quick=args.quick)
             figures += found
     layers = [] if args.quick else one_layer((512, 2048), (0.25, 0.5, 0.75), rounds=5)
     figures.append(figure("counted FLOPs over torch's own count", checked, "x"))
@@ -364,7 +362,7 @@ def main() -> None:
             args.json,
             "limit",
             figures,
-            shapes=[vars(s) for s in SHAPES.values()],
+            shapes=[vars(s) for s in SHAPES],
             layers=layers,
             steps=details,
         )

@@ -50,10 +50,9 @@ class Costs:
 
     def by_phase(self) -> list[PhaseCost]:
         """One entry a phase of the ladder, in order."""
-        every = self._config.sat.refresh_every
         found = []
         for phase in self._config.sat.ladder.phases():
-            inside = phase.refreshes(every)
+            inside = phase.refreshes(self._config.sat.refresh_every)
             # Beyond this many their mean says as much.
             seen = inside[:: max(1, len(inside) // 1000)]
             refreshes = Cost.sum(map(self._probe, seen))
