@@ -30,7 +30,8 @@ class Roster(Transactions):
         """Tell of a worker that starts, what it trains on, and the trackers that it can send to."""
         now = time.time()
         with self.writing() as session:
-            session.add(
+            # Merged: of a first try it may be the answer alone that was lost.
+            session.merge(
                 WorkerRow(
                     id=worker_id,
                     hostname=hostname,

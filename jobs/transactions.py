@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection, Engine, event, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session
 
 from jobs.audit import write_audit
@@ -59,8 +59,13 @@ class Transactions:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Callers know the store's errors, not the driver's; a broken constraint stays what it is."""
+    """Callers know the store's errors, not the driver's; a broken constraint stays what it is.
+
+    PostgreSQL's InternalError is that of a server which only reads, as in a failover or with a full disk.
+    """
     try:
         yield
-    except (OperationalError, InterfaceError) as error:
+    except (OperationalError, InterfaceError, InternalError) as error:
         raise StoreUnavailable(f"The database does not answer: {error.orig}") from error
+    except TimeoutError as error:
+        raise StoreUnavailable(f"The database does not answer: {error}") from error

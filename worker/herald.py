@@ -79,6 +79,9 @@ class Herald:
                 self.round()
             except StoreUnavailable as error:
                 log.warning("%s", error)
+            except Exception:
+                # The next round may go well, and nobody else would begin it.
+                log.exception("A round of the herald broke")
 
     def _attend(self, claim: Integration) -> None:
         try:

@@ -165,7 +165,7 @@ class Host:
             self._quietly(lambda: self.store.beat_worker(self.id))
             self._quietly(self._sweeper.sweep)
             self._quietly(self._janitor.tidy)
-            self.look()
+            self._quietly(self.look)
             self._quietly(self._make_room)
 
     def _register(self) -> None:
@@ -179,10 +179,13 @@ class Host:
         )
 
     def _quietly(self, action: Callable[[], object]) -> bool:
-        """Do it; a database or a disk that is away is logged, and the next round tries again."""
+        """Do it; whatever goes wrong is logged, and the next round tries again: nothing else would look after the jobs."""
         try:
             action()
         except (StoreUnavailable, OSError) as error:
             log.warning("%s", error)
+            return False
+        except Exception:
+            log.exception("A round of the worker broke")
             return False
         return True
