@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,10 @@ class ChoreRunner:
             if not self._write(lambda: self.store.finish_chore(self.claim, result)) and kept:
                 shutil.rmtree(kept, ignore_errors=True)
         finally:
-            shutil.rmtree(self.folder.parent, ignore_errors=True)
+            # Not its parent: another attempt, begun after this one was taken for lost, may be at work there.
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.parent.rmdir()
 
     def _work(self) -> dict[str, Any]:
         kind = self.kinds.get(self.claim.kind)

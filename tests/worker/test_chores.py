@@ -83,6 +83,22 @@ def test_a_result_is_read_and_the_folder_goes(store: Store, quick: Settings) -> 
     assert not (quick.data_dir / "chores" / claim.id).exists()
 
 
+def test_a_chore_that_was_taken_back_leaves_its_successor_alone(
+    store: Store, quick: Settings
+) -> None:
+    claim = claim_for(store, "succeed")
+    lost = runner(store, quick, claim)
+    (lease,) = store.chore_leases()
+    assert store.expire_chore(lease, max_failures=3)
+    again = store.claim_chore("w2")
+    assert again is not None
+    successor = runner(store, quick, again)
+    successor.folder.mkdir(parents=True)
+    lost.run()
+    assert successor.folder.is_dir()
+    assert not lost.folder.exists()
+
+
 def test_a_child_that_never_ends_is_ended(store: Store, quick: Settings) -> None:
     claim = claim_for(store, "hang")
     runner(store, quick, claim, seconds=0.5).run()
