@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from api.errors import ApiError, refuse_unknown
-from jobs.chores import storable
+from jobs.base import storable
 from jobs.spec import NewFile, new_id
 from sat_io.formats import FileCheck, FileReport
 from sat_io.rows import FORMATS as ROW_FORMATS

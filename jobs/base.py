@@ -1,7 +1,8 @@
-"""What all tables share: how their constraints are named, and column types that mean the same on both databases."""
+"""What all tables share: how their constraints are named, column types and values that mean the same on both databases."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sqlalchemy import (
@@ -16,6 +17,20 @@ from sqlalchemy.orm import DeclarativeBase
 
 Serial = BigInteger().with_variant(Integer, "sqlite")
 Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+def storable(value: Any) -> Any:
+    """JSON that both databases take: PostgreSQL keeps no NUL and no lone surrogate in text, and no NaN."""
+    if isinstance(value, str):
+        whole = value.encode("utf-8", "replace").decode() if not value.isascii() else value
+        return whole.replace("\0", "\ufffd")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {storable(str(key)): storable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(item) for item in value]
+    return value
 
 
 def one_of(column: str, values: Any) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from typing import Any
 
@@ -21,6 +20,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from jobs.base import storable
 from jobs.errors import InvalidCursor, LeaseLost, NotFound, QuotaExceeded
 from jobs.library import record_of
 from jobs.models import ChoreRow
@@ -35,7 +35,6 @@ CHAT = "chat"
 # A failure is an answer too, but one that may be out of date: asked for again after this, the work is tried again.
 RETRY_FAILED_SECONDS = 30
 MAX_WAITING = 200
-_REPLACEMENT = "\ufffd"
 
 
 class Chores(Transactions):
@@ -257,20 +256,6 @@ class Chores(Transactions):
             if kind is not None:
                 query = query.where(ChoreRow.kind == kind)
             return session.scalar(query) or 0
-
-
-def storable(value: Any) -> Any:
-    """JSON that both databases take: PostgreSQL keeps no NUL and no lone surrogate in text, and no NaN."""
-    if isinstance(value, str):
-        whole = value.encode("utf-8", "replace").decode() if not value.isascii() else value
-        return whole.replace("\0", _REPLACEMENT)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {storable(str(key)): storable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [storable(item) for item in value]
-    return value
 
 
 def _fingerprint(project: str, kind: str, subject: str, params: dict[str, Any]) -> str:

@@ -121,15 +121,16 @@ def _evaluation(
     session: Session, job: JobRow, attempt: int, run: str, event: dict[str, Any]
 ) -> None:
     _upsert(session, job.id, attempt, [event], _EVAL_COLUMNS)
+    loss = event["eval_loss"]
     add_event(
         session,
         job.id,
-        f"Step {event['step']}: held-out loss {event['eval_loss']:.4f}",
+        f"Step {event['step']}: held-out loss {'not a number' if loss is None else f'{loss:.4f}'}",
         kind="evaluation",
         type="metrics",
         data={
             "step": event["step"],
-            "full_valid_loss": event["eval_loss"],
+            "full_valid_loss": loss,
             "full_valid_mean_token_accuracy": event["eval_token_accuracy"],
         },
         created_at=event["time"],
