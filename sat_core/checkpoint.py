@@ -28,6 +28,7 @@ from sat_core.plan.errors import PlanError
 from sat_core.plan.layout import sha256_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from sat_core.slicing import SlicedBlock, SlicedParameter
@@ -64,7 +65,7 @@ def save(folder: Path, sparsity: Sparsity, tokenizer: Any, state: dict[str, Any]
     Where ranks share the layers all call it: each writes its moments, the first one the rest.
 
     Raises:
-        OSError: where the disk is full; nothing half-written stays.
+        OSError, SafetensorError: where the disk is full; nothing half-written stays.
     """
     target = folder / name_of(state["step"])
     parallel = sparsity.parallel
@@ -184,15 +185,14 @@ def verify(folder: Path) -> dict[str, Any]:
     return state
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """`folder`, or the newest older checkpoint beside it that verifies; and what was wrong with those passed over.
+def first_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The first checkpoint that verifies, and what was wrong with those passed over.
 
     Raises:
         PlanError: for one of another format version, which is nothing to pass over.
     """
     wrong = []
-    older = [p for p in in_order(folder.parent) if step_of(p) < step_of(folder)]
-    for candidate in [folder, *reversed(older)]:
+    for candidate in candidates:
         try:
             verify(candidate)
         except CheckpointError as error:

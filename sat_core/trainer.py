@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from sat_core import checkpoint, progress
 from sat_core.assembly import assemble
@@ -174,7 +175,7 @@ class Run:
         if self._evaluation_due:
             self._evaluate()
         if config.checkpoint_every and step % config.checkpoint_every == 0:
-            self._save()
+            self._save_if_possible()
 
     def _evaluate(self) -> None:
         # Ranks evaluate alike and must leave alike, so that only a run alone may leave in the middle.
@@ -214,6 +215,16 @@ class Run:
         self._saved_step = self.counters.step
         return saved
 
+    def _save_if_possible(self) -> None:
+        """A checkpoint that the disk does not hold costs a run nothing; of ranks, though, the others wait for this one."""
+        try:
+            self._save()
+        except (OSError, SafetensorError) as error:
+            if self.parallel.world > 1:
+                raise
+            step = self.counters.step
+            self.events.message("warn", f"No checkpoint at step {step}: {error}", step=step)
+
     def _tell_checkpoint(self, folder: Path, saved: Path) -> None:
         size = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())
         figures = {"loss": self.last_loss} if self.last_loss is not None else {}
@@ -242,7 +253,7 @@ class Run:
     def _resume_point(self) -> Path | None:
         if not self.config.resume_from:
             return None
-        found, wrong = checkpoint.newest_good(Path(self.config.resume_from))
+        found, wrong = checkpoint.first_whole(map(Path, self.config.resume_from))
         for message in wrong:
             self.events.message("warn", f"A checkpoint was passed over: {message}")
         where = found.name if found else "the start, for no checkpoint is whole"

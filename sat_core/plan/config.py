@@ -129,7 +129,8 @@ class TrainConfig:
     """One training run.
 
     `batch_size` counts sequences per optimizer step, over all micro-batches and ranks. `*_every` counts steps, 0 is off.
-    `model_path` is None for a model of the hub.
+    `model_path` is None for a model of the hub. `resume_from` are folders of checkpoints, the newest first: the first one that
+    is whole is gone on from.
     """
 
     model_name: str
@@ -161,11 +162,11 @@ class TrainConfig:
     max_new_tokens: int
     checkpoint_every: int
     checkpoint_keep: int
-    resume_from: str | None = None
+    resume_from: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the format version."""
-        return {"format": TRAIN_FORMAT, **asdict(self), "prompts": list(self.prompts)}
+        return {"format": TRAIN_FORMAT, **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
@@ -184,6 +185,7 @@ class TrainConfig:
             values["shape"] = ModelShape(**values["shape"])
             values["sat"] = SatConfig(**values["sat"])
             values["prompts"] = tuple(values["prompts"])
+            values["resume_from"] = tuple(values.get("resume_from") or ())
             return cls(**values)
         except KeyError as error:
             raise ConfigError(f"config.json lacks {error}.", "config") from error

@@ -94,7 +94,7 @@ def stopped_and_resumed(
     stopped = read_events(first)[-1]
     newest = sorted((first / "checkpoints").glob("step-*"))[-1]
     assert (stopped["kind"], stopped["step"]) == ("stopped", int(newest.name[5:]))
-    second = start(root / "2", prepared, **changes, resume_from=str(newest))
+    second = start(root / "2", prepared, **changes, resume_from=[str(newest)])
     assert program(second, ranks).codes() == [0] * ranks
     return first, second
 

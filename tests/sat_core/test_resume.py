@@ -76,7 +76,7 @@ def test_resumed_equals_uninterrupted(
     folder, prepared = whole
     step = MOMENTS[moment]
     again = start(
-        tmp_path / "again", prepared, resume_from=str(folder / f"checkpoints/step-{step:06d}")
+        tmp_path / "again", prepared, resume_from=[str(folder / f"checkpoints/step-{step:06d}")]
     )
     assert run_core("train", again) == 0
     same_bytes(folder, again)
@@ -105,7 +105,7 @@ def test_an_evaluation_that_a_stop_cut_short_is_made_on_resume(
         patched.setattr(Judge, "evaluate", asked_to_stop)
         assert run_core("train", first) == 10
     second = start(
-        tmp_path / "second", prepared, resume_from=str(first / "checkpoints/step-000007")
+        tmp_path / "second", prepared, resume_from=[str(first / "checkpoints/step-000007")]
     )
     assert run_core("train", second) == 0
     same_bytes(folder, second)
@@ -153,7 +153,7 @@ def test_a_kill_inside_gradient_accumulation_replays_from_the_last_step(
     done = max(told(first))
     assert 0 < done < 20
     newest = sorted((first / "checkpoints").glob("step-*"))[-1]
-    second = start(tmp_path / "second", prepared, resume_from=str(newest))
+    second = start(tmp_path / "second", prepared, resume_from=[str(newest)])
     assert run_core("train", second) == 0
     same_bytes(folder, second)
     assert told(first) | told(second) == told(folder)

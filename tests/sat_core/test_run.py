@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sat_core.card import base_licence
-from sat_core.checkpoint import newest_good
+from sat_core.checkpoint import first_whole
 from sat_core.corpus import IGNORED_LABEL, Corpus
 from sat_core.loss import token_loss
 from sat_core.model import load_model
@@ -103,7 +103,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bytes(
     assert read_events(first)[-1] | {"time": 0, "seq": 0} == {
         "seq": 0, "time": 0, "kind": "stopped", "step": int(newest.name[5:]),
     }  # fmt: skip
-    second = start(tmp_path / "2", prepared, resume_from=str(newest))
+    second = start(tmp_path / "2", prepared, resume_from=[str(newest)])
     assert run_core("train", second) == 0
     same_model(root / "whole", second)
     assert losses(first) | losses(second) == losses(root / "whole")
@@ -125,14 +125,30 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
     data = bytearray(target.read_bytes())
     data[len(data) // 2] ^= 1
     target.write_bytes(data)
-    assert newest_good(checkpoints[-1])[0] == checkpoints[-2]
-    second = start(tmp_path / "2", prepared, resume_from=str(checkpoints[-1]))
+    newest_first = checkpoints[::-1]
+    assert first_whole(newest_first)[0] == checkpoints[-2]
+    second = start(tmp_path / "2", prepared, resume_from=[str(c) for c in newest_first])
     assert run_core("train", second) == 0
     warned = [
         e["message"] for e in read_events(second) if e["kind"] == "message" and e["level"] == "warn"
     ]
     assert "is not as it was written" in warned[0]
     same_model(root / "whole", second)
+
+
+def test_a_disk_that_holds_no_checkpoint_does_not_end_the_training(tmp_path: Path) -> None:
+    prepared = prepare(tmp_path, data=write_text(tmp_path / "d.jsonl"), sat=SPARSE)
+    run = start(tmp_path / "run", prepared)
+    # Blocks of 512 or 1,024 bytes: enough for the events, too few for the moments.
+    limited = f"ulimit -f 250; exec {sys.executable} -m sat_core train {run}"
+    assert subprocess.run(["sh", "-c", limited], check=False, capture_output=True).returncode
+    events = read_events(run)
+    warned = [e["message"] for e in events if e["kind"] == "message" and e["level"] == "warn"]
+    assert [w.partition(":")[0] for w in warned if "checkpoint" in w] == [
+        f"No checkpoint at step {step}" for step in (7, 14, 21)
+    ]
+    assert max(e["step"] for e in events if e["kind"] == "metrics") == TRAIN["max_steps"]
+    assert not list((run / "checkpoints").iterdir())
 
 
 def test_a_resume_without_one_whole_checkpoint_starts_anew_and_says_so(
@@ -142,7 +158,7 @@ def test_a_resume_without_one_whole_checkpoint_starts_anew_and_says_so(
     broken = tmp_path / "checkpoints" / "step-000007"
     shutil.copytree(root / "whole" / "checkpoints" / "step-000007", broken)
     (broken / "MANIFEST.json").unlink()
-    again = start(tmp_path / "2", prepared, resume_from=str(broken))
+    again = start(tmp_path / "2", prepared, resume_from=[str(broken)])
     assert run_core("train", again) == 0
     assert any("Going on from the start" in e.get("message", "") for e in read_events(again))
     same_model(root / "whole", again)
@@ -156,7 +172,7 @@ def test_a_checkpoint_of_an_unknown_version_is_refused(
     newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
     state = json.loads((newest / "state.json").read_text())
     (newest / "state.json").write_text(json.dumps({**state, "format": "satune.checkpoint/9"}))
-    again = start(tmp_path / "2", prepared, resume_from=str(newest))
+    again = start(tmp_path / "2", prepared, resume_from=[str(newest)])
     assert run_core("train", again) == 20
     last = read_events(again)[-1]
     assert (last["kind"], last["code"]) == ("failed", "checkpoint_unsupported")

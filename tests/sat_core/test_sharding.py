@@ -130,7 +130,7 @@ def test_slices_go_on_from_what_one_process_wrote(
 ) -> None:
     whole, prepared = alone
     point = str(whole / "checkpoints" / "step-000010")
-    pair = start(tmp_path / "pair", prepared, sharding="fsdp", resume_from=point)
+    pair = start(tmp_path / "pair", prepared, sharding="fsdp", resume_from=[point])
     assert Forked(pair).codes() == [0, 0]
     same_weights(whole, pair)
 

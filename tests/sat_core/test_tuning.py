@@ -116,7 +116,7 @@ def test_a_run_with_adapters_gives_a_plain_model_and_resumes_bit_for_bit(root: P
     again = root / "lora-again"
     again.mkdir()
     config = json.loads((whole / "config.json").read_text())
-    config["resume_from"] = str(whole / "checkpoints/step-000006")
+    config["resume_from"] = [str(whole / "checkpoints/step-000006")]
     (again / "config.json").write_text(json.dumps(config))
     assert run_core("train", again) == 0
     assert all(torch.equal(t, weights(again)[n]) for n, t in weights(whole).items())
