@@ -200,12 +200,17 @@ def _refuse_used(session: Session, project: str, file_id: str) -> None:
         raise error
 
 
-def refuse_used_model(session: Session, project: str, name: str) -> None:
-    """Raises ModelInUse where jobs that have not ended start from the result or checkpoint of this public name."""
+def users_of_model(session: Session, project: str, name: str) -> tuple[str, ...]:
+    """Jobs that have not ended and start from the result or checkpoint of this public name."""
     active = select(JobRow.id).where(
         JobRow.project == project, JobRow.model == name, JobRow.status.in_(ACTIVE)
     )
-    if users := tuple(session.scalars(active)):
+    return tuple(session.scalars(active))
+
+
+def refuse_used_model(session: Session, project: str, name: str) -> None:
+    """Raises ModelInUse where jobs that have not ended start from it."""
+    if users := users_of_model(session, project, name):
         raise ModelInUse.of(users, f"{', '.join(users)}, which have not ended, start from {name}")
 
 

@@ -11,9 +11,11 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs.models import AttemptRow, JobRow
+from jobs.errors import LeaseLost
+from jobs.models import AttemptRow, CheckpointRow, JobRow
 from jobs.recording import add_event
-from jobs.states import WAITING, Desired, Stage, Status, allowed
+from jobs.spec import Claim
+from jobs.states import HELD, WAITING, Desired, Stage, Status, allowed
 
 # How an attempt ended that the next one makes with a smaller micro-batch.
 LACKED_MEMORY = "out_of_memory"
@@ -29,6 +31,23 @@ def move(row: JobRow, target: Status) -> None:
 def locked(session: Session, row: JobRow) -> JobRow:
     """The row as it stands now, nobody else's until the transaction ends."""
     session.refresh(row, with_for_update=True)
+    return row
+
+
+def fenced(session: Session, claim: Claim) -> JobRow:
+    """The claimed row, locked, its lease renewed. Raises LeaseLost."""
+    fence = (
+        JobRow.id == claim.job_id,
+        JobRow.attempt == claim.attempt,
+        JobRow.owner == claim.worker_id,
+        JobRow.status == HELD[claim.stage],
+    )
+    row: JobRow | None = session.scalar(select(JobRow).where(*fence).with_for_update())
+    if row is None:
+        raise LeaseLost(
+            f"{claim.job_id}: attempt {claim.attempt} of {claim.worker_id} is no longer the newest"
+        )
+    row.heartbeat_seq += 1
     return row
 
 
@@ -62,7 +81,8 @@ def obey(session: Session, row: JobRow) -> bool:
         case Desired.PAUSE:
             move(row, Status.PAUSED)
             row.owner, row.eta_seconds = None, None
-            step = row.progress_step
+            newest = select(func.max(CheckpointRow.step)).where(CheckpointRow.job_id == row.id)
+            step = session.scalar(newest)
             where = f"; resume goes on from step {step}" if step else ""
             tell(session, row, "by_user", f"Paused{where}")
         case Desired.RUN:

@@ -1,4 +1,4 @@
-"""Checkpoints that a person keeps: a pinned one outlives the run's own tidying (`checkpoints.keep`).
+"""Which checkpoints stay: the newest `checkpoints.keep` of a job, and those that a person has pinned.
 
 The core deletes the folders of older checkpoints in its run folder, and rightly knows nothing of pins. So a pin links the
 bytes to a place of their own (`Artifacts.link_checkpoint`, no copy is made) and the row then points there: what the core
@@ -12,12 +12,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from jobs.errors import ModelInUse, NotFound
-from jobs.library import record_of, refuse_used_model
+from jobs.library import record_of, refuse_used_model, users_of_model
 from jobs.models import CheckpointRow
-from jobs.moves import locked
+from jobs.moves import fenced, locked
 from jobs.names import checkpoint_name, find_checkpoint
 from jobs.reads import find_job
-from jobs.spec import CheckpointRecord
+from jobs.spec import CheckpointRecord, Claim
 from jobs.states import TERMINAL
 from jobs.transactions import Transactions
 
@@ -68,6 +68,29 @@ class Pins(Transactions):
             if not still_there:
                 session.delete(row)
             return record
+
+    def tidy_checkpoints(self, claim: Claim, keep: int) -> set[str]:
+        """Forget what earlier attempts saved beyond the job's newest `keep`; the paths of what stays, pins left aside.
+
+        What a job starts from stays. This attempt's own are its run's to delete. Raises LeaseLost.
+        """
+        with self.writing() as session:
+            job = fenced(session, claim)
+            saved = select(CheckpointRow).where(
+                CheckpointRow.job_id == job.id, CheckpointRow.pinned_from.is_(None)
+            )
+            rows = session.scalars(saved.order_by(CheckpointRow.step.desc())).all()
+            newest = max((r.step for r in rows if r.attempt == claim.attempt), default=0)
+            surplus = [
+                row
+                for row in rows[keep:]
+                if row.attempt != claim.attempt
+                and row.step < newest
+                and not users_of_model(session, job.project, checkpoint_name(job, row.step))
+            ]
+            for row in surplus:
+                session.delete(row)
+            return {row.path for row in rows} - {row.path for row in surplus}
 
     def delete_checkpoint(self, project: str, name: str) -> CheckpointRecord:
         """Forget a checkpoint by its public name, pinned or not; its folders are the caller's to remove.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -315,15 +316,15 @@ class WorkerRecord:
 class Claim:
     """The right to work on a job, good until a newer attempt exists.
 
-    `checkpoints` are newest first; `seconds` were spent on earlier attempts at the same stage, of which `memory_lacks` ended
-    for lack of memory.
+    `seconds` were spent on earlier attempts at the same stage, of which `memory_lacks` ended for lack of memory. `read` says,
+    by the number of each of them, how many bytes of its events were recorded.
     """
 
     job: JobRecord
     attempt: int
     stage: Stage
     worker_id: str
-    checkpoints: tuple[CheckpointRecord, ...] = ()
+    read: Mapping[int, int] = field(default_factory=dict)
     seconds: float = 0.0
     memory_lacks: int = 0
 

@@ -15,13 +15,23 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
+from jobs.base import storable
 from jobs.chores import Chores
-from jobs.errors import LeaseLost
 from jobs.integrations import Integrations, add_integrations
-from jobs.library import Library, file_row, lock_content, record_of
+from jobs.library import Library, file_row, lock_content
 from jobs.measures import Measures
-from jobs.models import AttemptRow, CheckpointRow, JobRow, ModelRow
-from jobs.moves import LACKED_MEMORY, count_failure, end, fail_row, give_back, move, obey, tell
+from jobs.models import AttemptRow, JobRow, ModelRow
+from jobs.moves import (
+    LACKED_MEMORY,
+    count_failure,
+    end,
+    fail_row,
+    fenced,
+    give_back,
+    move,
+    obey,
+    tell,
+)
 from jobs.pins import Pins
 from jobs.pulses import Pulses
 from jobs.quotas import in_turn, may_start, take_queue_place
@@ -32,7 +42,7 @@ from jobs.recording import add_event, apply
 from jobs.reports import Reports
 from jobs.roster import Roster
 from jobs.secrets import Secrets
-from jobs.spec import CheckpointRecord, Claim, JobRecord, Lease, NewFile, NewJob, new_id
+from jobs.spec import Claim, JobRecord, Lease, NewFile, NewJob, new_id
 from jobs.states import HELD, WAITING, Desired, Stage, Status
 from jobs.tenants import Tenants
 from jobs.uploads import Uploads
@@ -134,24 +144,28 @@ class Store(
                 f"Worker {worker_id} starts to {stage}",
             )
             session.flush()
-            found = session.scalars(
-                select(CheckpointRow)
-                .where(CheckpointRow.job_id == row.id)
-                .order_by(CheckpointRow.step.desc())
+            earlier = (
+                AttemptRow.job_id == row.id,
+                AttemptRow.stage == stage,
+                AttemptRow.attempt < row.attempt,
             )
-            checkpoints = tuple(record_of(CheckpointRecord, c) for c in found)
             spent, lacks = session.execute(
                 select(
                     func.sum(AttemptRow.ended_at - AttemptRow.started_at),
                     func.count().filter(AttemptRow.outcome == LACKED_MEMORY),
-                ).where(AttemptRow.job_id == row.id, AttemptRow.stage == stage)
+                ).where(*earlier)
             ).one()
+            read = (
+                select(AttemptRow.attempt, AttemptRow.read_position)
+                .where(*earlier)
+                .order_by(AttemptRow.attempt)
+            )
             return Claim(
                 job=job_record(row),
                 attempt=row.attempt,
                 stage=stage,
                 worker_id=worker_id,
-                checkpoints=checkpoints,
+                read=dict(session.execute(read).all()),
                 seconds=spent or 0.0,
                 memory_lacks=lacks,
             )
@@ -159,10 +173,16 @@ class Store(
     def heartbeat(self, claim: Claim) -> Desired:
         """Renew the lease; what people want of the job. Raises LeaseLost."""
         with self.writing() as session:
-            return Desired(self._fenced(session, claim).desired)
+            return Desired(fenced(session, claim).desired)
 
     def record(
-        self, claim: Claim, events: list[dict[str, Any]], *, run: str, read_position: int
+        self,
+        claim: Claim,
+        events: list[dict[str, Any]],
+        *,
+        run: str,
+        read_position: int,
+        attempt: int | None = None,
     ) -> Desired:
         """Write a run's events, move the read position, renew the lease: all or nothing.
 
@@ -171,29 +191,31 @@ class Store(
             events: complete lines of events.jsonl, in order, each told once.
             run: run folder, relative to the data folder.
             read_position: bytes of events.jsonl read so far.
+            attempt: whose events they are, where it was an earlier one's.
 
         Raises:
             LeaseLost: nothing was written.
         """
         with self.writing() as session:
-            row = self._fenced(session, claim)
-            apply(session, row, claim.attempt, run, events)
+            row = fenced(session, claim)
+            number = claim.attempt if attempt is None else attempt
+            apply(session, row, number, run, storable(events))
             row.version += bool(events)
-            attempt = session.get_one(AttemptRow, (claim.job_id, claim.attempt))
-            attempt.read_position = read_position
-            attempt.read_seq = events[-1]["seq"] if events else attempt.read_seq
+            told = session.get_one(AttemptRow, (claim.job_id, number))
+            told.read_position = read_position
+            told.read_seq = events[-1]["seq"] if events else told.read_seq
             return Desired(row.desired)
 
     def spent(self, claim: Claim, joules: float) -> None:
         """What the GPUs of a run that has ended spent on it. Raises LeaseLost."""
         with self.writing() as session:
-            self._fenced(session, claim)
+            fenced(session, claim)
             session.get_one(AttemptRow, (claim.job_id, claim.attempt)).energy_joules = joules
 
     def finish_prepare(self, claim: Claim, prepared: dict[str, Any]) -> None:
         """Freeze the resolved configuration on the job, which then waits for a GPU slot. Raises LeaseLost."""
         with self.writing() as session:
-            row = self._fenced(session, claim)
+            row = fenced(session, claim)
             row.config, row.hyperparameters = prepared["config"], prepared["hyperparameters"]
             row.figures, row.total_steps = prepared["figures"], prepared["total_steps"]
             row.quote = prepared.get("quote")
@@ -224,9 +246,9 @@ class Store(
             LeaseLost: nothing was written.
         """
         with self.writing() as session:
-            row = self._fenced(session, claim)
+            row = fenced(session, claim)
             self._end_attempt(session, claim, "succeeded")
-            row.fine_tuned_model, row.summary = model, summary
+            row.fine_tuned_model, row.summary = model, storable(summary)
             if table is not None:
                 lock_content(session, table.sha256)
                 session.add(file_row(row.project, table))
@@ -250,9 +272,9 @@ class Store(
     def fail(self, claim: Claim, error: dict[str, Any]) -> None:
         """The job has failed for a reason that trying again does not mend. Raises LeaseLost."""
         with self.writing() as session:
-            row = self._fenced(session, claim)
+            row = fenced(session, claim)
             self._end_attempt(session, claim, "failed")
-            fail_row(session, row, error)
+            fail_row(session, row, storable(error))
 
     def release(self, claim: Claim, reason: str) -> None:
         """Give a job back unharmed: its worker ends, or a stop was asked for. Not counted as a failure.
@@ -261,7 +283,7 @@ class Store(
             LeaseLost: nothing was written.
         """
         with self.writing() as session:
-            row = self._fenced(session, claim)
+            row = fenced(session, claim)
             self._end_attempt(session, claim, "released")
             give_back(session, row, claim.stage, reason, level="info")
 
@@ -276,13 +298,13 @@ class Store(
     ) -> None:
         """A run died without a reason of the user's: try again, a counted number of times. Raises LeaseLost."""
         with self.writing() as session:
-            row = self._fenced(session, claim)
+            row = fenced(session, claim)
             self._end_attempt(session, claim, outcome)
             count_failure(
                 session,
                 row,
                 claim.stage,
-                error,
+                storable(error),
                 max_failures=max_failures,
                 retry_seconds=retry_seconds,
             )
@@ -334,22 +356,6 @@ class Store(
         with self.reading() as session:
             query = in_turn(select(JobRow).where(*_claimable(stage)), stage, hardware).limit(1)
             return session.scalar(query) is not None
-
-    def _fenced(self, session: Session, claim: Claim) -> JobRow:
-        """The claimed row, locked, its lease renewed. Raises LeaseLost."""
-        fence: tuple[ColumnElement[bool], ...] = (
-            JobRow.id == claim.job_id,
-            JobRow.attempt == claim.attempt,
-            JobRow.owner == claim.worker_id,
-            JobRow.status == HELD[claim.stage],
-        )
-        row = session.scalar(select(JobRow).where(*fence).with_for_update())
-        if row is None:
-            raise LeaseLost(
-                f"{claim.job_id}: attempt {claim.attempt} of {claim.worker_id} is no longer the newest"
-            )
-        row.heartbeat_seq += 1
-        return row
 
     def _end_attempt(self, session: Session, claim: Claim, outcome: str) -> None:
         attempt = session.get_one(AttemptRow, (claim.job_id, claim.attempt))

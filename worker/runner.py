@@ -12,12 +12,15 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs import quoting
 from jobs.artifacts import Artifacts
@@ -38,9 +41,13 @@ from worker.tail import EventsUnsupported, Tail
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 DONE, STOPPED, FAILED = 0, 10, 20
 # Between two transactions of a run: each costs training a little, and people look no more often.
 POLL_SECONDS = 0.5
+# More than a job ever keeps, pinned ones included, to go on from one if the newer ones were damaged.
+MOST_CHECKPOINTS = 100
 
 
 @dataclass
@@ -61,17 +68,20 @@ class Runner:
         self.artifacts = Artifacts.from_settings(self.settings)
         self.folder = self.artifacts.run(self.claim.job_id, self.claim.attempt)
         self.tail = Tail(self.folder / "events.jsonl")
+        self._desired = Desired.RUN
         self._asked_at: float | None = None
         # Set once the run has had all the time that it may take.
         self._over_time = False
         self._spoke_at = self._beat_at = time.monotonic()
+        self._said_bytes = 0
         self._kills_before = memory_kills()
 
     def run(self) -> None:
         """Work on the claim to its end, whatever that is."""
         try:
             self.folder.mkdir(parents=True)
-            (self.folder / "config.json").write_text(json.dumps(self._config(), indent=1), "utf-8")
+            config = self._patiently(self._config)
+            (self.folder / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
             meter = Meter(self.devices)
             child = Child(
                 self.claim.stage,
@@ -85,7 +95,8 @@ class Runner:
             finally:
                 child.kill()
                 child.close()
-            self._conclude(child, meter.joules())
+            joules = meter.joules()
+            self._patiently(lambda: self._conclude(child, joules))
         except LeaseLost as error:
             log.warning("Standing down: %s", error)
         except EventsUnsupported as unsupported:
@@ -94,20 +105,41 @@ class Runner:
             self.stopping.set()
         except NotFound as error:
             self.store.fail(self.claim, {"code": "not_found", "message": f"{error}", "param": None})
+        except Exception as error:
+            # A lease that runs out by itself would end the same, but without a reason that a person can read.
+            log.exception("The runner of %s broke", self.claim.job_id)
+            message = f"The worker could not go on: {type(error).__name__}: {error}"
+            broken = {"code": "internal_error", "message": message, "param": None}
+            with suppress(LeaseLost):
+                self._patiently(lambda: self._crash(broken))
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """Do it; a database that is away is waited for."""
+        while True:
+            try:
+                return action()
+            except StoreUnavailable as error:
+                log.warning("%s waits: %s", self.claim.job_id, error)
+                time.sleep(1)
 
     def _config(self) -> dict[str, Any]:
         job = self.claim.job
+        inputs = Inputs(self.store, self.artifacts, job.project)
         if self.claim.stage is Stage.TRAIN:
-            whole = (self.artifacts.absolute(c.path) for c in self.claim.checkpoints)
-            newest = next((path for path in whole if path.is_dir()), None)
-            return {
+            self._catch_up()
+            saved = self.store.checkpoints(job.project, job.id, limit=MOST_CHECKPOINTS).items
+            folders = [self.artifacts.absolute(checkpoint.path) for checkpoint in saved]
+            config = {
                 **(job.config or {}),
                 "micro_batch_size": self._micro_batch_size,
-                "resume_from": str(newest) if newest else None,
+                "resume_from": [str(folder) for folder in folders if folder.is_dir()],
             }
+            if job.model.startswith("ft:"):
+                # A checkpoint that was pinned since lies elsewhere.
+                config["model_path"] = inputs.model(job.model)["path"]
+            return config
         files = {"training_file": job.training_file, "validation_file": job.validation_file}
         mix = job.request["sat"]["data"]["mix"]
-        inputs = Inputs(self.store, self.artifacts, job.project)
         return {
             "format": PREPARE_FORMAT,
             "request": job.request,
@@ -118,17 +150,34 @@ class Runner:
             "hardware": hardware(),
         }
 
+    def _catch_up(self) -> None:
+        """Record what earlier attempts told after their worker was lost: they may have written and deleted checkpoints."""
+        for attempt, position in self.claim.read.items():
+            folder = self.artifacts.run(self.claim.job_id, attempt)
+            tail, run = Tail(folder / "events.jsonl", position), self.artifacts.relative(folder)
+            with suppress(EventsUnsupported):
+                while (read := tail.read())[0]:
+                    events, end = read
+                    self.store.record(
+                        self.claim, events, run=run, read_position=end, attempt=attempt
+                    )
+                    tail.taken(end)
+
     def _attend(self, child: Child) -> None:
         """Until the child has ended: tell, renew, obey."""
         most = self._max_seconds
         over_at = None if most is None else time.monotonic() + most - self.claim.seconds
         while not child.ended(POLL_SECONDS):
-            desired = self._tell()
-            self._over_time = over_at is not None and time.monotonic() > over_at
+            self._tell()
+            now = time.monotonic()
+            self._over_time = over_at is not None and now > over_at
             asked = self._asked_at is not None or self._over_time
-            if asked or desired is not Desired.RUN or self.stopping.is_set():
+            if asked or self._desired is not Desired.RUN or self.stopping.is_set():
                 self._stop(child)
-            if time.monotonic() - self._spoke_at > self.settings.stall_seconds:
+            # By the file, not by what could be recorded of it: the database may be away.
+            if (said := self.tail.size) != self._said_bytes:
+                self._said_bytes, self._spoke_at = said, now
+            if now - self._spoke_at > self.settings.stall_seconds:
                 log.error(
                     "%s: silent for %s s, killed", self.claim.job_id, self.settings.stall_seconds
                 )
@@ -136,27 +185,28 @@ class Runner:
         while self.tail.read()[0]:
             self._tell()
 
-    def _tell(self) -> Desired:
+    def _tell(self) -> None:
         """Move new events into SQL, or at least renew the lease when it is time. Raises LeaseLost."""
         events, position = self.tail.read()
         now = time.monotonic()
         if not events and now - self._beat_at < self.settings.heartbeat_seconds:
-            return Desired.RUN
+            return
         try:
             if events:
                 run = self.artifacts.relative(self.folder)
-                desired = self.store.record(self.claim, events, run=run, read_position=position)
+                self._desired = self.store.record(
+                    self.claim, events, run=run, read_position=position
+                )
                 self._keep(events)
                 self.tail.taken(position)
-                self._spoke_at = now
+                if any(event["kind"] == "checkpoint" for event in events):
+                    self._tidy_checkpoints()
             else:
-                desired = self.store.heartbeat(self.claim)
+                self._desired = self.store.heartbeat(self.claim)
             self._beat_at = now
-            return desired
         except StoreUnavailable as error:
             log.warning("%s; training goes on", error)
             time.sleep(1)
-            return Desired.RUN
 
     def _keep(self, events: list[dict[str, Any]]) -> None:
         for event in events:
@@ -165,56 +215,63 @@ class Runner:
             elif event["kind"] == "failed":
                 self.failure = {key: event.get(key) for key in ("code", "message", "param")}
 
+    def _tidy_checkpoints(self) -> None:
+        """`keep` counts over the whole job: the core of this attempt knows nothing of what earlier ones left, half-written too."""
+        keep = int((self.claim.job.config or {})["checkpoint_keep"])
+        stay = self.store.tidy_checkpoints(self.claim, keep)
+        for attempt in self.claim.read:
+            earlier = self.artifacts.run(self.claim.job_id, attempt) / "checkpoints"
+            for folder in earlier.iterdir() if earlier.is_dir() else ():
+                if self.artifacts.relative(folder) not in stay:
+                    shutil.rmtree(folder, ignore_errors=True)
+
     def _stop(self, child: Child) -> None:
-        """Ask once, and end it by force when its time is up."""
+        """Ask once, and end it by force when its time is up; a pause has no hurry, and its checkpoint may be large."""
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             child.ask_to_stop()
-        elif time.monotonic() - self._asked_at > self.settings.grace_seconds:
+            return
+        hurry = self.stopping.is_set() or self._over_time or self._desired is Desired.CANCEL
+        if hurry and time.monotonic() - self._asked_at > self.settings.grace_seconds:
             child.kill()
 
     def _conclude(self, child: Child, joules: float | None) -> None:
-        """Write down how it ended; the last word waits for a database that is away."""
+        """Write down how it ended."""
         code = child.process.returncode
-        while True:
-            try:
-                if joules is not None:
-                    self.store.spent(self.claim, joules)
-                self._write_end(child, code)
-                return
-            except StoreUnavailable as error:
-                log.warning("The end of %s waits: %s", self.claim.job_id, error)
-                time.sleep(1)
-
-    def _write_end(self, child: Child, code: int) -> None:
+        if joules is not None:
+            self.store.spent(self.claim, joules)
         if code == DONE and self.claim.stage is Stage.PREPARE:
             self.store.finish_prepare(self.claim, self._prepared())
         elif code == DONE and self.result:
             self._publish(self.result)
         elif self._lacks_memory(child, code):
             self._try_smaller(code)
-        elif code == FAILED and self.failure:
+        elif code == FAILED and self.failure and self.failure["code"] != "internal_error":
             self.store.fail(self.claim, self.failure)
         elif self._over_time:
             self.store.fail(self.claim, self._time_is_up())
         elif code == STOPPED or self._asked_at is not None:
-            self.store.release(
-                self.claim, "Stopped with a checkpoint written; waiting for a worker"
-            )
+            written = " with a checkpoint written" if code == STOPPED else ""
+            self.store.release(self.claim, f"Stopped{written}; waiting for a worker")
         else:
             ended = f"signal {-code}" if code < 0 else f"exit code {code}"
             error = {
                 "code": "internal_error",
                 "message": f"The run ended by {ended}",
                 "param": None,
-                "log_excerpt": child.log_end(),
             }
-            self.store.crash(
-                self.claim,
-                error,
-                max_failures=self.settings.max_failures,
-                retry_seconds=self.settings.retry_seconds,
-            )
+            # A disk that is full or away, say, may be well again.
+            said = self.failure if code == FAILED and self.failure else error
+            self._crash({**said, "log_excerpt": child.log_end()})
+
+    def _crash(self, error: dict[str, Any], outcome: str = "crashed") -> None:
+        self.store.crash(
+            self.claim,
+            error,
+            max_failures=self.settings.max_failures,
+            retry_seconds=self.settings.retry_seconds,
+            outcome=outcome,
+        )
 
     @property
     def _micro_batch_size(self) -> int:
@@ -244,13 +301,7 @@ class Runner:
         )
         message = f"Memory did not suffice. {why} The next attempt makes micro-batches of {less}"
         error = {"code": LACKED_MEMORY, "message": message, "param": "sat.train.micro_batch_size"}
-        self.store.crash(
-            self.claim,
-            error,
-            max_failures=self.settings.max_failures,
-            retry_seconds=self.settings.retry_seconds,
-            outcome=LACKED_MEMORY,
-        )
+        self._crash(error, LACKED_MEMORY)
 
     @property
     def _max_seconds(self) -> int | None:
@@ -295,12 +346,17 @@ class Runner:
             place=lambda: self.artifacts.keep(path, table.sha256),
         )
 
+    def _metrics(self) -> Iterator[Any]:
+        """All metrics by lots; a million rows take longer than a lease."""
+        for lot in self.store.each_metric(self.claim.job.project, self.claim.job_id):
+            yield lot
+            self.store.heartbeat(self.claim)
+
     def _table(self, path: Path) -> NewFile:
         """The metrics as a file: OpenAI's result file."""
         digest, size = hashlib.sha256(), 0
-        lots = self.store.each_metric(self.claim.job.project, self.claim.job_id)
         with path.open("wb") as file:
-            for text in csv_table(lots):
+            for text in csv_table(self._metrics()):
                 part = text.encode()
                 digest.update(part)
                 size += file.write(part)

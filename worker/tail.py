@@ -51,6 +51,11 @@ class Tail:
                 raise EventsUnsupported(event["format"])
         return events, self.position + len(whole)
 
+    @property
+    def size(self) -> int:
+        """Bytes that the file has; 0 where it is not there yet."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def taken(self, position: int) -> None:
         """What lies before `position` was recorded."""
         self.position = position

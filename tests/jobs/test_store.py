@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any
 
+import psycopg
 import pytest
 
 from jobs.errors import (
@@ -14,8 +15,11 @@ from jobs.errors import (
     JobTerminal,
     LeaseLost,
     NotFound,
+    StoreUnavailable,
 )
 from jobs.moves import LACKED_MEMORY
+from jobs.names import checkpoint_name
+from jobs.settings import Settings
 from jobs.spec import Claim, JobRecord, NewFile, NewJob
 from jobs.states import Stage
 from jobs.store import Store
@@ -71,6 +75,18 @@ def step(number: int, **changes: Any) -> dict[str, Any]:
         "total_steps": 9,
         **figures,
         **changes,
+    }
+
+
+def saved(number: int) -> dict[str, Any]:
+    return {
+        "seq": number,
+        "time": 1.0,
+        "kind": "checkpoint",
+        "path": f"checkpoints/step-{number}",
+        "step": number,
+        "size_bytes": 9,
+        "metrics": {},
     }
 
 
@@ -284,26 +300,57 @@ def test_metrics_are_written_once_whoever_tells_them(store: Store) -> None:
 def test_checkpoints_count_once_registered(store: Store) -> None:
     job = add_job(store)
     claim = training(store)
-    saved = {
-        "seq": 1,
-        "time": 1.0,
-        "kind": "checkpoint",
-        "path": "checkpoints/step-3",
-        "step": 3,
-        "size_bytes": 9,
-        "metrics": {},
-    }
+    store.record(claim, [saved(3), saved(6)], run="runs/j/2", read_position=1)
     store.record(
-        claim,
-        [saved, {**saved, "step": 6, "path": "checkpoints/step-6"}],
-        run="runs/j/2",
-        read_position=1,
+        claim, [{**saved(3), "kind": "checkpoint_deleted"}], run="runs/j/2", read_position=2
     )
-    store.record(claim, [{**saved, "kind": "checkpoint_deleted"}], run="runs/j/2", read_position=2)
     page = store.checkpoints("default", job.id)
     assert [(c.step, c.path) for c in page.items] == [(6, "runs/j/2/checkpoints/step-6")]
     store.release(claim, "x")
-    assert [c.step for c in claimed(store, Stage.TRAIN).checkpoints] == [6]
+    again = claimed(store, Stage.TRAIN)
+    assert again.read == {claim.attempt: 2}, "what is missing can be read from here on"
+
+
+def test_a_job_keeps_its_newest_checkpoints_over_all_attempts(store: Store) -> None:
+    job = add_job(store, suffix="s")
+    claim = training(store)
+    store.record(claim, [saved(n) for n in (1, 2, 3, 4)], run="r/2", read_position=1)
+    user = add_job(store, model=checkpoint_name(store.get_job("default", job.id), 1))
+    first, second, third, fourth = (f"r/2/checkpoints/step-{n}" for n in (1, 2, 3, 4))
+    assert store.tidy_checkpoints(claim, 2) == {first, second, third, fourth}, "its own"
+    store.release(claim, "x")
+    again = claimed(store, Stage.TRAIN)
+    assert store.tidy_checkpoints(again, 2) == {first, second, third, fourth}, "none newer yet"
+    store.record(again, [saved(5)], run="r/3", read_position=1)
+    own = "r/3/checkpoints/step-5"
+    assert store.tidy_checkpoints(again, 2) == {first, fourth, own}, f"{user.id} starts from one"
+    store.cancel_job("default", user.id)
+    assert store.tidy_checkpoints(again, 2) == {fourth, own}
+    assert [c.step for c in store.checkpoints("default", job.id).items] == [5, 4]
+
+
+def test_what_a_database_cannot_hold_costs_no_run(store: Store) -> None:
+    job = add_job(store)
+    claim = training(store)
+    lost = {"seq": 1, "time": 1.0, "kind": "evaluation", "step": 1} | dict.fromkeys(
+        ("eval_loss", "eval_token_accuracy")
+    )
+    odd = {"seq": 2, "time": 1.0, "kind": "sample", "step": 1, "prompt": "a\0", "text": "\ud83d"}
+    store.record(claim, [lost, odd], run="r", read_position=1)
+    sample, evaluation = store.events("default", job.id).items[:2]
+    assert evaluation.message == "Step 1: held-out loss not a number"
+    assert sample.data == {"step": 1, "prompt": "a\ufffd", "text": "?"}
+    store.fail(claim, {**ERROR, "message": "a\0b"})
+    assert store.get_job("default", job.id).error == {**ERROR, "message": "a\ufffdb"}
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_database_that_only_reads_is_one_that_is_away(store: Store, quick: Settings) -> None:
+    name = quick.database_url.rpartition("/")[2]
+    with psycopg.connect(quick.database_url, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    with pytest.raises(StoreUnavailable, match="read-only transaction"):
+        add_job(store)
 
 
 def test_other_projects_see_nothing(store: Store) -> None:

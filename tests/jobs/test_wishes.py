@@ -8,7 +8,7 @@ from jobs.errors import JobNotPausable, JobTerminal, NotFound
 from jobs.states import Stage
 from jobs.store import Store
 
-from .test_store import ERROR, LIMITS, PREPARED, add_job, claimed, step, training
+from .test_store import ERROR, LIMITS, PREPARED, add_job, claimed, saved, step, training
 
 
 def state(store: Store, job_id: str) -> tuple[str, str]:
@@ -43,7 +43,8 @@ def test_a_held_job_is_asked_and_its_pause_is_no_failure(store: Store) -> None:
     assert state(store, job.id) == ("paused", "by_user")
     store.resume_job("default", job.id)
     claim = claimed(store, Stage.TRAIN)
-    assert store.record(claim, [step(3)], run="r", read_position=1) == "run"
+    told = [step(3), saved(3), step(4)]
+    assert store.record(claim, told, run="r", read_position=1) == "run"
     assert store.pause_job("default", job.id).detail_state == "pausing"
     assert store.heartbeat(claim) == "pause"
     store.release(claim, "stopped")

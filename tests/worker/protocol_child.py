@@ -50,6 +50,17 @@ if behaviour == "lack":
     param = "sat.train.max_seq_len" if single else "sat.asleep_on"
     emit("failed", code="out_of_memory", message="Memory ran out.", param=param)
     sys.exit(20)
+if behaviour == "full":
+    emit("failed", code="internal_error", message="OSError: No space left on device", param=None)
+    sys.exit(20)
+if behaviour == "tidies":
+    for step in (6, 9):
+        emit("checkpoint", step=step, path=f"checkpoints/step-{step}", size_bytes=1, metrics={})
+if behaviour == "talks":
+    for step in range(4, 10):
+        time.sleep(0.5)
+        emit("metrics", step=step, total_steps=9, tokens=step, memory_bytes=1, **figures)
+    behaviour = "succeed"
 if behaviour == "crash":
     sys.stderr.write("something broke\n")
     sys.exit(3)

@@ -17,7 +17,9 @@ from .test_runner import claim_for, run
 
 @pytest.mark.parametrize("behaviour", ["checkpoint", "deaf"])
 def test_pause_and_resume(store: Store, quick: Settings, behaviour: str) -> None:
-    settings = quick.model_copy(update={"grace_seconds": 0.5}) if behaviour == "deaf" else quick
+    # A pause waits for its checkpoint, longer than a worker that ends would.
+    hasty = {"grace_seconds": 0.1, "stall_seconds": 1}
+    settings = quick.model_copy(update=hasty) if behaviour == "deaf" else quick
     claim = claim_for(store, quick, behaviour)
     thread = threading.Thread(target=run, args=(store, settings, claim))
     thread.start()
@@ -38,5 +40,7 @@ def test_pause_and_resume(store: Store, quick: Settings, behaviour: str) -> None
     run(store, settings, again, stopping)
     config = folder.with_name(str(again.attempt)) / "config.json"
     resumed_from = json.loads(config.read_text())["resume_from"]
-    wanted = str(folder / "checkpoints/step-000003") if behaviour == "checkpoint" else None
+    wanted = [str(folder / "checkpoints/step-000003")] if behaviour == "checkpoint" else []
     assert resumed_from == wanted
+    told = [e.message for e in store.events("default", claim.job_id, limit=50).items]
+    assert ("Paused; resume goes on from step 3" in told) == bool(wanted), told

@@ -14,13 +14,17 @@ import pytest
 from sqlalchemy import select
 
 from jobs.artifacts import Artifacts
+from jobs.db import make_engine
+from jobs.errors import StoreUnavailable
 from jobs.models import AttemptRow
+from jobs.names import checkpoint_name
 from jobs.queue import NullBell
 from jobs.settings import Settings
 from jobs.spec import Claim, NewFile, NewJob
 from jobs.states import Stage
 from jobs.store import Store
 from sat_core.plan.request import RunRequest
+from tests.service import eventually
 from worker.kinds import KINDS
 from worker.runner import Runner
 from worker.sweeper import Sweeper
@@ -29,7 +33,14 @@ from worker.tail import EVENTS_FORMAT, Tail
 RUN = RunRequest.from_dict({"model": "m"}).to_dict()
 
 CHILD = Path(__file__).with_name("protocol_child.py")
-PREPARED = {"config": {}, "hyperparameters": {}, "figures": {}, "total_steps": 3, "warnings": []}
+CONFIG = {"checkpoint_keep": 2}
+PREPARED = {
+    "config": CONFIG,
+    "hyperparameters": {},
+    "figures": {},
+    "total_steps": 3,
+    "warnings": [],
+}
 
 
 def claim_for(
@@ -47,7 +58,8 @@ def claim_for(
     store.create_job("default", new)
     prepare = store.claim("w", Stage.PREPARE)
     assert prepare is not None
-    store.finish_prepare(prepare, {**PREPARED, "config": {"behaviour": behaviour, **config}})
+    behaving = {**CONFIG, "behaviour": behaviour, **config}
+    store.finish_prepare(prepare, {**PREPARED, "config": behaving})
     claim = store.claim("w", Stage.TRAIN)
     assert claim is not None
     return claim
@@ -74,6 +86,7 @@ def run(
         ("crash", "queued", "exit code 3"),
         ("kill", "queued", "signal 9"),
         ("silent", "queued", "exit code 0"),
+        ("full", "queued", "No space left on device; going on from the newest checkpoint"),
     ],
 )
 def test_each_end_of_a_child_is_written_down(
@@ -213,6 +226,108 @@ def test_a_stopping_worker_gives_its_job_back_uncounted(store: Store, quick: Set
     thread.join(15)
     job = store.get_job("default", claim.job_id)
     assert (job.status, job.failures, job.owner) == ("queued", 0, None)
+
+
+def test_what_was_told_after_a_worker_was_lost_is_caught_up_with(
+    store: Store, quick: Settings
+) -> None:
+    claim = claim_for(store, quick, "succeed")
+    artifacts = Artifacts.from_settings(quick)
+    folder = artifacts.run(claim.job_id, claim.attempt)
+    kinds = [("checkpoint", 3), ("checkpoint", 6), ("checkpoint_deleted", 3), ("checkpoint", 9)]
+    events = [
+        {"seq": n, "time": 1.0, "kind": kind, "step": step, "path": f"checkpoints/step-{step}"}
+        | {"size_bytes": 1, "metrics": {}}
+        for n, (kind, step) in enumerate(kinds)
+    ]
+    lines = [json.dumps(event) + "\n" for event in events]
+    for step in (6, 9):
+        (folder / f"checkpoints/step-{step}").mkdir(parents=True)
+    (folder / "events.jsonl").write_text("".join(lines) + '{"half')
+    run_folder = artifacts.relative(folder)
+    store.record(claim, events[:1], run=run_folder, read_position=len(lines[0]))
+    assert store.expire(store.leases()[0], max_failures=3, retry_seconds=0)
+    again = store.claim("w", Stage.TRAIN)
+    assert again is not None
+    run(store, quick, again)
+    config = json.loads(folder.with_name(str(again.attempt)).joinpath("config.json").read_text())
+    assert config["resume_from"] == [str(folder / f"checkpoints/step-{n}") for n in (9, 6)]
+    assert [c.step for c in store.checkpoints("default", claim.job_id).items] == [9, 6]
+
+
+def test_what_earlier_attempts_saved_goes_when_newer_checkpoints_are_there(
+    store: Store, quick: Settings
+) -> None:
+    claim = claim_for(store, quick, "tidies")
+    artifacts = Artifacts.from_settings(quick)
+    folder = artifacts.run(claim.job_id, claim.attempt)
+    for name in ("step-3", ".step-4-77"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    told = {"seq": 1, "time": 1.0, "kind": "checkpoint", "step": 3, "path": "checkpoints/step-3"}
+    told |= {"size_bytes": 1, "metrics": {}}
+    store.record(claim, [told], run=artifacts.relative(folder), read_position=1)
+    store.release(claim, "stopped")
+    again = store.claim("w", Stage.TRAIN)
+    assert again is not None
+    run(store, quick, again)
+    assert [c.step for c in store.checkpoints("default", claim.job_id).items] == [9, 6]
+    assert not list((folder / "checkpoints").iterdir())
+
+
+class Away(Store):
+    """A store whose database takes no events."""
+
+    def record(self, *_: Any, **__: Any) -> Any:
+        raise StoreUnavailable("away")
+
+
+def test_a_run_that_talks_is_not_silent_while_the_database_is_away(
+    store: Store, quick: Settings
+) -> None:
+    claim = claim_for(store, quick, "talks")
+    settings = quick.model_copy(update={"stall_seconds": 2})
+    engine = make_engine(settings)
+    runner = Runner(
+        settings, Away(engine), claim, "", threading.Event(), program=(sys.executable, str(CHILD))
+    )
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    model = runner.folder / "model"
+    eventually(model.exists, seconds=20)
+    runner.store = store
+    thread.join(20)
+    engine.dispose()
+    assert store.get_job("default", claim.job_id).status == "succeeded"
+
+
+def test_a_runner_that_breaks_says_why(store: Store, quick: Settings) -> None:
+    claim = claim_for(store, quick, "succeed")
+    Runner(quick, store, claim, "", threading.Event(), program=("/no/such/program",)).run()
+    job = store.get_job("default", claim.job_id)
+    assert (job.status, job.failures) == ("queued", 1)
+    assert "The worker could not go on: FileNotFoundError" in job.detail_message
+
+
+def test_a_checkpoint_that_was_pinned_since_is_found_where_it_lies(
+    store: Store, quick: Settings
+) -> None:
+    claim = claim_for(store, quick, "succeed", model_path="/gone")
+    told = {"seq": 1, "time": 1.0, "kind": "checkpoint", "step": 3, "path": "checkpoints/step-3"}
+    store.record(claim, [told | {"size_bytes": 1, "metrics": {}}], run="r/2", read_position=1)
+    name = checkpoint_name(claim.job, 3)
+    store.create_job("default", NewJob(request=RUN, model=name, training_file="file-1"))
+    prepare = store.claim("w", Stage.PREPARE)
+    assert prepare is not None
+    config = {**CONFIG, "behaviour": "succeed", "model_path": str(quick.data_dir / "r/2")}
+    store.finish_prepare(prepare, {**PREPARED, "config": config})
+    (saved,) = store.checkpoints("default", claim.job_id).items
+    store.pin_checkpoint("default", saved, "pinned/j/c/step-3")
+    train = store.claim("w", Stage.TRAIN)
+    assert train is not None
+    run(store, quick, train)
+    folder = Artifacts.from_settings(quick).run(train.job_id, train.attempt)
+    path = json.loads((folder / "config.json").read_text())["model_path"]
+    assert path == str(quick.data_dir / "pinned/j/c/step-3/model")
 
 
 def test_a_lease_is_judged_by_watching_it_stand_still(store: Store, quick: Settings) -> None:
