@@ -21,7 +21,8 @@ from sat_core.plan.memory import memory_bytes
 from sat_core.plan.quote import quote
 from sat_core.plan.request import MixFile, RunRequest
 from sat_core.plan.resolve import check_mode, max_seq_len, resolve
-from sat_core.tokenizer import hub_revision, load_tokenizer, model_config
+from sat_core.tokenizer import load_tokenizer
+from sat_io.base_model import hub_revision, model_config
 from sat_io.costs import Costs
 from sat_io.intake import Tokens
 from sat_io.preparing import Preparation
