@@ -155,7 +155,8 @@ class Runner:
         for attempt, position in self.claim.read.items():
             folder = self.artifacts.run(self.claim.job_id, attempt)
             tail, run = Tail(folder / "events.jsonl", position), self.artifacts.relative(folder)
-            with suppress(EventsUnsupported):
+            # A disk that was full may have cut a line short.
+            with suppress(EventsUnsupported, ValueError):
                 while (read := tail.read())[0]:
                     events, end = read
                     self.store.record(
