@@ -15,6 +15,7 @@ from jobs.artifacts import Artifacts
 from jobs.errors import NotFound
 from jobs.queue import Bell
 from jobs.settings import Settings
+from jobs.spec import CheckpointRecord
 from jobs.store import Store
 
 
@@ -39,6 +40,20 @@ class Services:
             return self.artifacts.absolute(self.store.get_model(project, name).path)
         except NotFound:
             return None
+
+    def pinned(self, project: str, found: CheckpointRecord) -> CheckpointRecord:
+        """The checkpoint, out of reach of its run's tidying. Raises NotFound where that was faster."""
+        if found.pinned_from is not None:
+            return found
+        try:
+            path = self.artifacts.link_checkpoint(found.path, found.job_id, found.id)
+        except FileNotFoundError as error:
+            raise NotFound.of("checkpoint", found.id) from error
+        try:
+            return self.store.pin_checkpoint(project, found, path)
+        except NotFound:
+            self.artifacts.delete(path)
+            raise
 
 
 def services(request: Request) -> Services:

@@ -31,6 +31,12 @@ class Pins(Transactions):
             find_job(session, project, job_id)
             return _record(_find(session, job_id, checkpoint_id))
 
+    def unfinished_checkpoint(self, project: str, name: str) -> CheckpointRecord | None:
+        """The checkpoint of this public name, where its job has not ended."""
+        with self.reading() as session:
+            found = find_checkpoint(session, project, name)
+            return _record(found[1]) if found and found[0].status not in TERMINAL else None
+
     def pin_checkpoint(self, project: str, found: CheckpointRecord, path: str) -> CheckpointRecord:
         """The checkpoint now lies at `path`; one that is pinned stays as it is.
 

@@ -39,7 +39,7 @@ Compat = Annotated[
     ),
 ]
 
-CREATE_CODES = (*BODY_CODES, *once.CODES)
+CREATE_CODES = (*BODY_CODES, *once.CODES, "checkpoint_not_found")
 
 
 @router.post(
@@ -75,6 +75,9 @@ def start_job(app: Services, project: str, create: CreateJob, receipt: Receipt) 
     )
     refuse_unusable(app, project, create)
     _refuse_unreachable(app, create)
+    if found := app.store.unfinished_checkpoint(project, new.model):
+        # Its run would tidy it away while this job waits.
+        app.pinned(project, found)
     return app.store.create_job(project, new, receipt)
 
 

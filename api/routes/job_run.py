@@ -16,7 +16,6 @@ from api.schemas.lists import After, ListOf, Order
 from api.schemas.problems import UNCHANGED, answers
 from api.streams import EventStream, blocks
 from jobs.csv_table import csv_table
-from jobs.errors import NotFound
 from jobs.measures import STEP
 from jobs.spec import CheckpointRecord
 
@@ -184,17 +183,7 @@ def retrieve_checkpoint(job_id: str, checkpoint_id: str, app: App, key: Caller) 
 def pin_checkpoint(job_id: str, checkpoint_id: str, app: App, key: Caller) -> Checkpoint:
     """Keep a checkpoint whatever its run tidies away. It costs no copy; a pinned one stays pinned."""
     found = app.store.get_checkpoint(key.project, job_id, checkpoint_id)
-    if found.pinned_from is None:
-        try:
-            path = app.artifacts.link_checkpoint(found.path, job_id, checkpoint_id)
-        except FileNotFoundError as error:
-            raise NotFound.of("checkpoint", checkpoint_id) from error
-        try:
-            found = app.store.pin_checkpoint(key.project, found, path)
-        except NotFound:
-            app.artifacts.delete(path)
-            raise
-    return _shown(app, found, key.project)
+    return _shown(app, app.pinned(key.project, found), key.project)
 
 
 @router.post(

@@ -219,7 +219,7 @@ def test_a_pinned_checkpoint_outlives_its_run_and_is_a_model(client, services, f
     # Training again over the same step leaves the pinned one alone.
     services.store.release(claim, "x")
     again = services.store.claim(WORKER, Stage.TRAIN)
-    assert [c.step for c in again.checkpoints] == [10]
+    assert [c.step for c in services.store.checkpoints("default", job).items] == [10]
     checkpoint(services, again, 10)
     assert client.get(url).json()["pinned"]
 
@@ -234,6 +234,17 @@ def test_a_pinned_checkpoint_outlives_its_run_and_is_a_model(client, services, f
     assert client.get(url).json()["error"]["code"] == "checkpoint_not_found"
     assert client.post(f"{url}/pin").status_code == 404
     assert client.post(f"{JOBS}/ftjob-none/checkpoints/x/pin").status_code == 404
+
+
+def test_a_job_that_starts_from_a_running_jobs_checkpoint_pins_it(client, services, file_id, job):
+    claim = claim_job(services, 40)
+    checkpoint(services, claim, 10)
+    (saved,) = client.get(f"{JOBS}/{job}/checkpoints").json()["data"]
+    name = saved["fine_tuned_model_checkpoint"]
+    assert create(client, file_id, model=name).status_code == 200
+    checkpoint(services, claim, 10, kind="checkpoint_deleted")
+    assert client.get(f"{JOBS}/{job}/checkpoints/{saved['id']}").json()["pinned"]
+    assert (services.model_path("default", name) / "config.json").exists()
 
 
 def test_a_checkpoint_whose_bytes_are_gone_cannot_be_pinned(client, services, job):
