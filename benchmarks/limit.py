@@ -1,6 +1,6 @@
 """How close a sparse step comes to what its arithmetic allows: efficiency = (S - 1) / (S_b - 1).
 
-    python benchmarks/limit.py [--json FILE] [--plot FILE] [--steps N] [--quick]
+    python benchmarks/limit.py [--json FILE] [--plot FILE] [--steps N] [--batch 4x512] [--quick]
 
 S is the measured speed-up over dense steps of the same run, S_b the one that counted FLOPs allow. Whole training steps
 first, of two widths: real runs of the core, all that belongs to a step included, advancing in turn, each in a process of
@@ -339,13 +339,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--plot", type=Path, help="write a plot here")
     parser.add_argument("--steps", type=int, default=12, help="steps of each arm")
+    parser.add_argument("--batch", default="4x512", help="sequences of a step, and their tokens")
     parser.add_argument("--quick", action="store_true", help="efficiencies of whole steps alone")
     args = parser.parse_args()
+    rows, width = map(int, args.batch.split("x"))
+    shapes = [dataclasses.replace(shape, rows=rows, width=width) for shape in SHAPES]
     figures, details = [], {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         checked = count_check(work)
-        for shape in SHAPES:
+        for shape in shapes:
             found, details[shape.hidden] = whole_steps(shape, work, args.steps, quick=args.quick)
             figures += found
     layers = [] if args.quick else one_layer((512, 2048), (0.25, 0.5, 0.75), rounds=5)
@@ -362,7 +365,7 @@ def main() -> None:
             args.json,
             "limit",
             figures,
-            shapes=[vars(s) for s in SHAPES],
+            shapes=[vars(s) for s in shapes],
             layers=layers,
             steps=details,
         )
