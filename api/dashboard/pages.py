@@ -214,10 +214,14 @@ def chart_rows(
     job_id: str, app: App, project: Viewer, after: Annotated[int, Query(ge=-1)] = -1
 ) -> JSONResponse:
     """Rows after a step for the charts, thinned where they are more than a chart can show."""
+    # The job before its rows: where it has ended, these are all.
     job = app.store.get_job(project, job_id)
     columns, kept, measured = app.store.thinned_metrics(
         project, job_id, after_step=after, max_rows=MAX_CHART_ROWS
     )
+    if job.status not in TERMINAL:
+        # An evaluation at the newest step may yet join its row, and no row is asked for twice.
+        kept = kept[:-1]
     step = list(columns).index("step")
     drawn = [list(columns).index(name) for name in CHART_COLUMNS]
     return JSONResponse(

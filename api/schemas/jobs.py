@@ -214,9 +214,10 @@ class Checkpoint(BaseModel):
 
 
 class JobMetrics(BaseModel):
-    """Measured rows after a step, column by column names; ask again with `after` = `last_step`.
+    """Measured rows after a step, column by column names; the next page is the same query with `after` = `last_step`.
 
-    `measured` is how many rows they stand for, where they were thinned.
+    While the job goes on, an evaluation may yet join the newest row: ask again from the row before it. `measured` is how
+    many rows they stand for, where they were thinned.
     """
 
     object: Literal["fine_tuning.job.metrics"] = "fine_tuning.job.metrics"

@@ -8,7 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from tests.api.conftest import KEY
-from tests.api.finished import fail_job, finish_job, new_job, train_job
+from tests.api.finished import claim_job, events, fail_job, finish_job, new_job, train_job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,6 +141,20 @@ def test_a_running_job_is_followed_to_its_end_without_reload(seen, app):
     seen.page.get_by_text("Take it home").wait_for()
     seen.page.get_by_text("at step 20").first.wait_for()
     assert seen.page.evaluate("window.same") is True
+    seen.check()
+
+
+def test_an_evaluation_that_comes_after_its_step_is_drawn(seen, app):
+    services = app.state.services
+    job = new_job(services)
+    claim = claim_job(services, 40)
+    *told, late = events(1, 10, 40)
+    services.store.record(claim, told, run="runs/x/2", read_position=1)
+    seen.open(f"/jobs/{job}")
+    seen.page.locator("canvas").first.wait_for()
+    then = [{**late, "eval_loss": 1.234}, events(11, 11, 40)[0]]
+    services.store.record(claim, then, run="runs/x/2", read_position=2)
+    seen.page.get_by_text("now 1.234").first.wait_for()
     seen.check()
 
 
