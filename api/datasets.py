@@ -113,7 +113,8 @@ def settled(app: Services, record: FileRecord) -> FileRecord:
         return record
     if chore.result is None:
         error = chore.error or {}
-        report = {**record.report, "status": "failed", "summary": str(error.get("message"))}
+        report = {**record.report, "status": "failed", "error": error}
+        report["summary"] = str(error.get("message"))
         return app.store.settle_file(
             record.project, record.id, status="error", rows=record.rows, report=report
         )

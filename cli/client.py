@@ -123,6 +123,8 @@ class Client:
             absent = 0 if alive else absent + 1
             if absent == 2:
                 raise CliError("No worker of this service is alive to answer that.", NOT_NOW)
+            # Not every answer is held back so long as was asked for.
+            time.sleep(PAUSES[0])
 
     def delete_file(self, file_id: str) -> None:
         """Forget a file; one that is gone is no error, since an earlier try may have done it."""

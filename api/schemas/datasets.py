@@ -88,17 +88,18 @@ class FileValidation(BaseModel):
         errors = known.get("errors", [])
         count = known.get("error_count", 0)
         shared = found.get("overlap_rows")
+        # Of a file that no worker could judge, its own report holds the reason.
+        error = chore.error if chore else file.report.get("error")
         # The worker's report uses the same names; its `format` is that of the report itself.
         extra = {name: found[name] for name in cls.model_fields if name in found}
         if count:
             status = "invalid"
-        elif chore is not None and chore.status == "failed":
+        elif error:
             status = "failed"
         elif not found:
             status = "pending"
         else:
             status = "valid_with_warnings" if known["warnings"] else "valid"
-        failed = chore.error if chore is not None and chore.status == "failed" else None
         return cls.model_validate(
             {
                 "file_id": file.id,
@@ -118,7 +119,7 @@ class FileValidation(BaseModel):
                 "overlap_with": None
                 if against is None or shared is None
                 else {"file_id": against, "rows": shared},
-                "error": failed,
+                "error": error,
             }
         )
 

@@ -362,3 +362,6 @@ def test_a_verdict_of_long_ago_still_stands(client, services, unread, monkeypatc
     error = {"code": "out_of_memory", "message": "MemoryError", "param": None}
     services.store.fail_chore(claim, error)
     assert client.get(unread).json()["status"] == "error"
+    report = client.get(f"{unread}/validation")
+    assert (report.json()["status"], report.json()["error"]) == ("failed", error)
+    assert "retry-after" not in report.headers

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cli.client import Client, Connection
 from jobs.settings import Settings
 from tests.cli.running import ROOT, Up, environment, satune
 from tests.conftest import migrated
@@ -142,6 +148,29 @@ def test_where_no_worker_lives_nothing_waits_for_one(
             assert (done.returncode, done.stdout) == (7, ""), done.stderr
             assert "No worker" in done.stderr
         assert client.get("/v1/files").json()["data"] == []
+
+
+def test_a_server_that_does_not_hold_an_answer_back_is_asked_now_and_then():
+    asked: list[float] = []
+
+    class Hasty(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said: dict[str, Any] = {"workers": {"slots": {"prepare": 1}}}
+            if "validation" in self.path:
+                asked.append(time.monotonic())
+                said = {"status": "pending" if len(asked) < 3 else "valid"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hasty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = Client(Connection(url=f"http://127.0.0.1:{server.server_port}", api_key="x"))
+        assert client.validation("file-1")["status"] == "valid"
+        server.shutdown()
+    assert min(later - first for first, later in itertools.pairwise(asked)) > 0.4
 
 
 def test_an_option_that_the_server_refuses_is_2_with_one_line(service: Up):
