@@ -158,6 +158,27 @@ def test_an_evaluation_that_comes_after_its_step_is_drawn(seen, app):
     seen.check()
 
 
+def test_an_error_leaves_what_is_shown(seen, app):
+    services = app.state.services
+    job = new_job(services)
+    seen.open(f"/jobs/{job}")
+    seen.page.route(f"**/jobs/{job}", lambda route: route.fulfill(status=502, body="Bad Gateway"))
+    for _ in range(2):
+        with seen.page.expect_response(lambda response: response.status == 502):
+            pass
+    assert seen.page.get_by_role("button", name="Cancel job").is_visible()
+    assert "Bad Gateway" not in seen.page.content()
+
+
+def test_a_session_that_has_ended_asks_to_sign_in_on_a_page_of_its_own(seen, app):
+    for path in ("/", f"/jobs/{new_job(app.state.services)}"):
+        seen.open(f"/login?key={KEY}")
+        seen.open(path)
+        seen.page.context.clear_cookies()
+        seen.page.get_by_label("API key").wait_for()
+        assert seen.page.locator("header.top, .crumbs").count() == 1
+
+
 def test_a_job_is_cancelled_from_its_page(seen, app):
     services = app.state.services
     job = new_job(services)

@@ -33,6 +33,11 @@
     document.dispatchEvent(new CustomEvent("satune:tick"));
   }
 
+  /* An error leaves what is shown as it is; where the session has ended, the whole page asks to sign in. */
+  document.addEventListener("htmx:response:error", (event) => {
+    if (event.detail.ctx.response.status === 401) window.location.reload();
+  });
+
   function localTimes() {
     for (const time of document.querySelectorAll("time[datetime]:not([title])")) {
       time.title = new Date(time.dateTime).toLocaleString();
