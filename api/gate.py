@@ -66,6 +66,9 @@ class Gate:
                 "invalid_host",
                 f"Host {host!r} is not served here; allowed: {', '.join(sorted(self.hosts))} (SATUNE_ALLOWED_HOSTS).",
             )
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            # PostgreSQL would fail over it in an id, where SQLite finds nothing.
+            return ApiError("invalid_request", "The address holds a NUL, which is in no name here.")
         if scope["method"] in SAFE_METHODS:
             return None
         origin = headers.get("origin")

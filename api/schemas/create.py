@@ -16,6 +16,7 @@ from fastapi import Request
 
 from api.errors import ApiError, refuse_unknown
 from api.schemas.integrations import check_integrations, integrations_schema
+from jobs.chores import storable
 from sat_core.plan.checking import json_schema
 from sat_core.plan.request import Hyperparameters, RunRequest, sat_json_schema
 
@@ -62,7 +63,7 @@ class CreateJob:
 
 
 async def json_object(request: Request) -> dict[str, Any]:
-    """The request's JSON object; refuses what is too large, no JSON, or no object."""
+    """The request's JSON object; refuses what is too large, no JSON, no object, or holds odd text."""
     raw = bytearray()
     async for chunk in request.stream():
         raw += chunk
@@ -70,11 +71,29 @@ async def json_object(request: Request) -> dict[str, Any]:
             raise ApiError("request_too_large", f"The body has more than {MAX_BODY_BYTES} bytes.")
     try:
         body = json.loads(raw or b"null", parse_float=_number)
+        if not isinstance(body, dict):
+            raise ApiError("invalid_request", "The body must be a JSON object.")
+        _refuse_unstorable(body)
     except (ValueError, RecursionError) as error:
         raise ApiError("invalid_request", f"The body is not valid JSON: {error}.") from error
-    if not isinstance(body, dict):
-        raise ApiError("invalid_request", "The body must be a JSON object.")
     return body
+
+
+def _refuse_unstorable(value: Any, place: str = "") -> None:
+    """Refuse text that neither PostgreSQL nor an answer can hold; `place` names the value."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_unstorable(name, place)
+            _refuse_unstorable(item, f"{place}.{name}" if place else name)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _refuse_unstorable(item, f"{place}.{number}")
+    elif isinstance(value, str) and storable(value) != value:
+        raise ApiError(
+            "invalid_value",
+            f"{place or 'The body'} holds {value!r:.100}; allowed is text without NUL and halves of surrogate pairs.",
+            place or None,
+        )
 
 
 def _number(text: str) -> int | float:

@@ -62,8 +62,8 @@ def _wrong(param: str, value: Any, allowed: str) -> ApiError:
     return ApiError("invalid_value", f"{param} is {value!r:.100}; allowed is {allowed}.", param)
 
 
-# No control characters, and no halves of characters, which no database keeps.
-_SHOWN = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]+")
+# No control characters.
+_SHOWN = re.compile(r"[^\x00-\x1f\x7f]+")
 _OWN = ("mlflow.", "satune.")
 
 

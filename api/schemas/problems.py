@@ -30,7 +30,7 @@ class ErrorResponse(BaseModel):
 
 
 # What any route may answer, and what any that asks for a key.
-OPEN = ("invalid_host", "internal_error")
+OPEN = ("invalid_host", "invalid_request", "internal_error")
 ALWAYS = (
     "invalid_api_key",
     "insufficient_scope",

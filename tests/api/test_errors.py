@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import TYPE_CHECKING
 
+import pytest
+from fastapi.testclient import TestClient
+
+from api.app import create_app
 from api.errors import ERRORS, ApiError
 from jobs.errors import JobTerminal
+from jobs.settings import Settings
+
+from .conftest import KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 def check_body(response, status: int, code: str) -> dict:
@@ -49,6 +60,35 @@ def test_a_large_body_is_413(client):
 def test_a_limit_out_of_range_is_400_and_names_the_parameter(client):
     error = check_body(client.get("/v1/fine_tuning/jobs?limit=101"), 400, "invalid_value")
     assert error["param"] == "limit"
+
+
+@pytest.fixture
+def either(database: str, tmp_path: Path) -> Iterator[TestClient]:
+    """A client of an app on SQLite, and of one on PostgreSQL."""
+    settings = Settings(data_dir=tmp_path, database_url=database, api_key=KEY)
+    with TestClient(
+        create_app(settings), base_url="http://localhost", raise_server_exceptions=False
+    ) as client:
+        client.headers["authorization"] = f"Bearer {KEY}"
+        yield client
+
+
+def test_what_no_database_keeps_is_refused_wherever_it_stands(either):
+    for body, param in (
+        (rb'{"name": "a\u0000b"}', "name"),
+        (rb'{"name": [1, {"of": "\udc00"}]}', "name.1.of"),
+        (rb'{"name": {"\ud800": 1}}', "name"),
+        (rb'{"\ud800": null}', None),
+    ):
+        for path in ("organization/projects", "fine_tuning/jobs", "exports", "chat/completions"):
+            error = check_body(either.post(f"/v1/{path}", content=body), 400, "invalid_value")
+            assert error["param"] == param
+    whole = either.post("/v1/organization/projects", content=rb'{"name": "\ud83d\ude00"}')
+    assert whole.json()["name"] == "\N{GRINNING FACE}"
+    deep = b'{"name": ' + b"[" * 900 + b"]" * 900 + b"}"
+    assert either.post("/v1/organization/projects", content=deep).status_code == 400
+    for path in ("/v1/files/%00", "/v1/models/a%00b", "/v1/files?after=%00", "/jobs/%00"):
+        check_body(either.get(path), 400, "invalid_request")
 
 
 def test_an_upload_that_is_no_form_is_415(client):

@@ -43,7 +43,7 @@ def test_a_job_says_where_its_metrics_go_as_well(client, file_id):
         ([{"type": "wandb", "mlflow": {}}], "unknown_parameter", "integrations.0.mlflow", ""),
         ([WANDB, {"type": "mlflow", "mlflow": {"experiment": ""}}], "invalid_value", "integrations.1.mlflow.experiment", "1 to 128"),
         ([{"type": "tensorboard", "tensorboard": None}], "invalid_value", "integrations.0.tensorboard", "an object"),
-        ([{"type": "mlflow", "mlflow": {"experiment": "a\0b"}}], "invalid_value", "integrations.0.mlflow.experiment", "can be seen"),
+        ([{"type": "mlflow", "mlflow": {"experiment": "a\x01b"}}], "invalid_value", "integrations.0.mlflow.experiment", "can be seen"),
         ([{"type": "mlflow", "mlflow": {"experiment": "x", "tags": {"mlflow.user": "root"}}}], "invalid_value", "integrations.0.mlflow.tags", "not beginning"),
         ([{"type": "mlflow", "mlflow": {"experiment": "x", "tracking_uri": "http://db"}}], "unknown_parameter", "integrations.0.mlflow.tracking_uri", ""),
     ],
