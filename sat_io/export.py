@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sat_core.card import bare_card
 from sat_core.plan.errors import ConfigError, PlanError
 from sat_core.plan.layout import sha256_of
-from sat_io.gguf_file import write_gguf
+from sat_io.gguf_file import cast, write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +76,7 @@ def _safetensors(model: Path, target: Path, config: dict[str, Any]) -> None:
             os.link(path, target / path.name)
             total += _size(load_file(path))
         else:
-            tensors = {name: _cast(name, t, dtype) for name, t in load_file(path).items()}
+            tensors = {name: cast(name, t, dtype) for name, t in load_file(path).items()}
             total += _size(tensors)
             save_file(tensors, target / path.name, metadata=_METADATA)
     index = target / "model.safetensors.index.json"
@@ -101,7 +101,7 @@ def _adapter(model: Path, target: Path, config: dict[str, Any]) -> None:
     dtype = DTYPES[config["dtype"]]
     # peft's files leave out the adapter's own name, which is "default".
     tensors = {
-        name.replace(".default.", "."): _cast(name, tensor, dtype)
+        name.replace(".default.", "."): cast(name, tensor, dtype)
         for name, tensor in load_file(path).items()
     }
     owners = {name.rpartition(".lora_")[0] for name in tensors}
@@ -122,20 +122,6 @@ def _adapter(model: Path, target: Path, config: dict[str, Any]) -> None:
 def _gguf(model: Path, target: Path, config: dict[str, Any]) -> None:
     name = config["model"]["name"]
     write_gguf(model, target / "model.gguf", dtype=DTYPES[config["dtype"]], name=name)
-
-
-def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    cast = tensor.to(dtype)
-    if not bool(torch.isfinite(cast).all()):
-        kind = str(dtype).removeprefix("torch.")
-        raise PlanError(
-            f"{name} has values that {kind} cannot hold; allowed for this model: float32, bfloat16.",
-            "dtype",
-            code="invalid_value",
-        )
-    return cast
 
 
 def _is_all(path: Path, dtype: torch.dtype) -> bool:

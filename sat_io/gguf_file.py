@@ -27,7 +27,7 @@ def write_gguf(model: Path, target: Path, *, dtype: torch.dtype, name: str) -> N
     """Write the model folder as one file.
 
     Raises:
-        PlanError: with code format_not_supported, where it cannot be written faithfully.
+        PlanError: with code format_not_supported, where it cannot be written faithfully, or as `cast` does.
     """
     try:
         import gguf
@@ -64,6 +64,25 @@ def write_gguf(model: Path, target: Path, *, dtype: torch.dtype, name: str) -> N
             writer.write_tensor_data(_bytes(tensor))
     finally:
         writer.close()
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a dtype that holds all of it.
+
+    Raises:
+        PlanError: with code invalid_value, where a value would be infinite.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    made = tensor.to(dtype)
+    if not bool(torch.isfinite(made).all()):
+        kind = str(dtype).removeprefix("torch.")
+        raise PlanError(
+            f"{name} has values that {kind} cannot hold; allowed for this model: float32, bfloat16.",
+            "dtype",
+            code="invalid_value",
+        )
+    return made
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -108,7 +127,8 @@ def _tensors(
                 module = name.split(".")[-2]
                 if module in permutations:
                     tensor = permuted(tensor, permutations[module])
-                yield known, tensor.to(torch.float32 if tensor.dim() == 1 else dtype).contiguous()
+                kept = torch.float32 if tensor.dim() == 1 else dtype
+                yield known, cast(name, tensor, kept).contiguous()
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -104,16 +104,17 @@ def test_sharded_weights_stay_sharded_with_their_size_told(tmp_path: Path) -> No
     assert AutoModelForCausalLM.from_pretrained(made).dtype is torch.bfloat16
 
 
-def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model")
+@pytest.mark.parametrize("target", ["safetensors", "gguf"])
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path, target: str) -> None:
+    model = byte_model(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
-    weights["model.norm.weight"][0] = 1e6
+    weights["lm_head.weight"][0, 0] = 1e6
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AssertionError):
-        export(tmp_path, model, "safetensors", "float16")
-    failed = read_events(tmp_path / "safetensors-float16")[-1]
+        export(tmp_path, model, target, "float16")
+    failed = read_events(tmp_path / f"{target}-float16")[-1]
     assert (failed["code"], failed["param"]) == ("invalid_value", "dtype")
-    assert "model.norm.weight" in failed["message"]
+    assert "lm_head.weight" in failed["message"]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
