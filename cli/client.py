@@ -66,11 +66,16 @@ class Connection:
         """From the environment, else from `data_dir`/connection.json.
 
         Raises:
-            CliError: where there is neither, saying how to get one.
+            CliError: where there is neither, or half of one, saying how to get it.
         """
         url, key = os.environ.get("SATUNE_URL"), os.environ.get("SATUNE_API_KEY")
         if url and key:
             return cls(url=url.rstrip("/").removesuffix("/v1"), api_key=key)
+        if url:
+            # Another server than the one that was named must not be asked; the key alone is that of `satune up`.
+            raise CliError(
+                "SATUNE_URL is set, but SATUNE_API_KEY is not: set both or neither.", USAGE
+            )
         path = data_dir / CONNECTION
         try:
             found = json.loads(path.read_text("utf-8"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cli.client import Client, CliError, Connection
+from cli.client import UNREACHABLE, Client, CliError, Connection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +77,9 @@ def _gpus() -> str:
 def _server(data_dir: Path) -> Check:
     try:
         connection = Connection.find(data_dir)
-    except CliError:
+    except CliError as error:
+        if error.exit_code != UNREACHABLE:
+            return Check("server", False, error.message)
         return Check("server", True, "none started here; `satune up` starts one")
     ready = Client(connection).ready()
     return Check("server", ready, f"{connection.url} {'answers' if ready else 'does not answer'}")

@@ -37,6 +37,15 @@ def test_without_a_server_the_status_is_6_and_the_way_out_is_named(tmp_path: Pat
     assert (done.returncode, done.stdout) == (6, "")
 
 
+def test_a_server_without_a_key_is_2_and_no_other_server_is_asked(service: Up):
+    done = satune("list", SATUNE_URL="http://127.0.0.1:9", SATUNE_DATA_DIR=str(service.data_dir))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "SATUNE_API_KEY" in done.stderr
+    examined = satune("doctor", "--json", SATUNE_URL="http://127.0.0.1:9")
+    (server,) = (check for check in json.loads(examined.stdout) if check["name"] == "server")
+    assert (server["ok"], "SATUNE_API_KEY" in server["found"]) == (False, True)
+
+
 def test_a_wrong_key_is_5(service: Up):
     done = satune("list", SATUNE_URL=service.connection["url"], SATUNE_API_KEY="sk-sat-wrong")
     assert (done.returncode, done.stdout) == (5, "")
