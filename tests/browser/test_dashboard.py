@@ -179,6 +179,17 @@ def test_a_session_that_has_ended_asks_to_sign_in_on_a_page_of_its_own(seen, app
         assert seen.page.locator("header.top, .crumbs").count() == 1
 
 
+def test_a_list_that_is_renewed_keeps_the_focus(seen, app):
+    job = new_job(app.state.services)
+    seen.open("/")
+    seen.page.locator("tbody a").focus()
+    new_job(app.state.services)
+    seen.page.locator("tbody tr").nth(1).wait_for()
+    focused = seen.page.evaluate("document.activeElement.getAttribute('href')")
+    assert focused == f"/jobs/{job}"
+    seen.check()
+
+
 def test_a_job_is_cancelled_from_its_page(seen, app):
     services = app.state.services
     job = new_job(services)
