@@ -95,15 +95,25 @@ WantedFile = Annotated[
 ]
 
 
-def download(folder: Path, name: str, file: str | None, wanted: Wanted) -> StreamingResponse:
-    """A file of the folder, or all of it as NAME.tar. Raises ApiError where there is no such file."""
+def download(
+    folder: Path,
+    name: str,
+    file: str | None,
+    wanted: Wanted,
+    sha256: str | None = None,
+) -> StreamingResponse:
+    """A file of the folder, or all of it as NAME.tar; a file whose hash is not given is read before it is sent.
+
+    Raises:
+        ApiError: where there is no such file.
+    """
     if file is None:
         archive = Archive(folder, name)
         return _sent(
             wanted, archive.read, archive.size, archive.etag, f"{name}.tar", "application/x-tar", {}
         )
     path = _found(folder, file)
-    return download_file(path, path.name, _sha256_of(path), wanted)
+    return download_file(path, path.name, sha256 or _sha256_of(path), wanted)
 
 
 def download_file(

@@ -179,8 +179,9 @@ def download_export(
     export_id: str, app: App, key: Caller, wanted: WantedPart, file: WantedFile = None
 ) -> StreamingResponse:
     """All files as a tar archive, or one of them. Ranges are served, so a broken download goes on where it was."""
-    _, folder = _made(app, key.project, export_id)
-    return download(folder, export_id, file, wanted)
+    chore, folder = _made(app, key.project, export_id)
+    known = {made.name: made.sha256 for made in Export.of(chore).files}
+    return download(folder, export_id, file, wanted, known.get(file or ""))
 
 
 @router.delete("/{export_id}", operation_id="deleteExport", responses=answers("export_not_found"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors.torch import load_file
 
+from api.downloads import _hashed
 from jobs.spec import NewFile
 from tests.sat_core.tiny import write_model
 from tests.sat_io.test_export import byte_model
@@ -84,8 +85,10 @@ def test_an_export_is_made_and_downloaded(client, services, tmp_path: Path):
             file["bytes"],
             file["sha256"],
         )
+        hashed = _hashed.cache_info()
         alone = client.get(f"{url}/content", params={"file": file["name"]})
         assert alone.content == content
+        assert _hashed.cache_info() == hashed, "its hash is known"
         digest = base64.b64encode(bytes.fromhex(file["sha256"])).decode()
         assert alone.headers["repr-digest"] == f"sha-256=:{digest}:"
     assert export["bytes"] == sum(file["bytes"] for file in export["files"])
