@@ -87,7 +87,7 @@ class Integrations(Transactions):
                 row.step, row.failures, row.error = step, 0, None
             if run != row.run:
                 row.run = run
-                add_event(session, row.job_id, f"Metrics go to {row.type}: {run}", kind="message")
+                _tell(session, row, f"Metrics go to {row.type}: {run}")
             row.next_at = time.time() + SENDING_SECONDS
         return replace(claim, step=max(step, claim.step), run=run)
 
@@ -109,7 +109,7 @@ class Integrations(Transactions):
             row = _held(session, claim)
             said = f"Metrics do not reach {row.type}: {error[:MAX_ERROR]}"
             if row.failures == 0:
-                add_event(session, row.job_id, said, kind="message", level="warn")
+                _tell(session, row, said, level="warn")
             row.owner, row.error = None, error[:MAX_ERROR]
             row.failures += 1
             if row.failures > len(BACK_OFF):
@@ -130,6 +130,14 @@ def add_integrations(session: Session, job: JobRow) -> None:
         )
         for number, entry in enumerate(job.integrations or [])
     )
+
+
+def _tell(session: Session, row: IntegrationRow, message: str, *, level: str = "info") -> None:
+    """An event of the job, beside the version that brings its followers to it (`jobs.pulses`)."""
+    query = select(JobRow).where(JobRow.id == row.job_id)
+    job = session.scalars(query.with_for_update()).one()
+    job.version += 1
+    add_event(session, job.id, message, kind="message", level=level)
 
 
 def _with_jobs() -> Any:

@@ -39,7 +39,9 @@ def test_one_sends_and_whoever_came_before_writes_nothing(
     assert first is not None
     assert (first.number, first.settings, first.step) == (1, {"project": "p"}, -1)
     assert store.claim_integration(["wandb"]) is None
+    known = store.pulse("default", job.job_id).version
     first = store.integration_sent(first, 5, "https://there/1")
+    assert store.pulse("default", job.job_id).version == known + 1, "followers hear of it"
     store.release_integration(first)
 
     monkeypatch.setattr(integrations, "SENDING_SECONDS", -1)
@@ -68,10 +70,12 @@ def test_failures_in_a_row_are_told_once_and_counted(
 ) -> None:
     monkeypatch.setattr(integrations, "BACK_OFF", (0, 0))
     job = training(store)
+    known = store.pulse("default", job.job_id).version
     for _ in range(2):
         claim = store.claim_integration(["tensorboard"])
         assert claim is not None
         store.fail_integration(claim, "disk full " + 1000 * "x")
+    assert store.pulse("default", job.job_id).version == known + 1
     claim = store.claim_integration(["tensorboard"])
     assert claim is not None
     claim = store.integration_sent(claim, 3, None)
