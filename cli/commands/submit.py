@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from cli import validating
 from cli.body import apply_settings, put, uploaded
@@ -14,7 +13,7 @@ from cli.client import FAILED, USAGE, Client, CliError, Connection
 from cli.commands.jobs import watched
 from cli.console import emit, err, out, warn
 from cli.estimating import described
-from cli.job_file import folder_of, read
+from cli.job_file import folder_of, read, written
 from cli.options import (
     HERE,
     AttentionRate,
@@ -76,9 +75,7 @@ def submit(
     _put_options(body, model=model, dataset=dataset, validation=validation, suffix=suffix)
     _put_rates(body, mlp, attention)
     if dry_run:
-        emit(body) if as_json else typer.echo(
-            yaml.safe_dump(body, sort_keys=False, allow_unicode=True), nl=False
-        )
+        emit(body) if as_json else typer.echo(written(body), nl=False)
         return
     _complete(body)
     client = Client(Connection.find(data_dir))

@@ -321,6 +321,8 @@ def test_a_dry_run_prints_a_job_file_that_says_the_same(tmp_path: Path) -> None:
     assert yaml.safe_load(done.stdout) == body
     as_json = satune("submit", str(tmp_path / "job.yaml"), "--dry-run", "--json")
     assert json.loads(as_json.stdout) == body
+    named = satune("submit", str(tmp_path / "job.yaml"), "--dry-run", "--suffix", "08")
+    assert translation(tmp_path, named.stdout)[0]["suffix"] == "08"
 
 
 def test_a_body_comes_back_from_a_job_file_as_it_was(tmp_path: Path) -> None:
