@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,12 +43,11 @@ def emit_line(data: Any) -> None:
 
 
 @contextmanager
-def leaving(command: str) -> Iterator[None]:
-    """Ctrl-C ends the looking, never what is looked at; says which command comes back to it."""
+def leaving(command: str | None = None) -> Iterator[None]:
+    """Ctrl-C ends the looking, never what is looked at; says which command comes back to it, by default the same."""
     try:
         yield
     except KeyboardInterrupt:
-        err.print(
-            f"Left; it goes on without you. `satune {command}` comes back to it.", highlight=False
-        )
+        again = command or shlex.join(sys.argv[1:])
+        say(f"Left; it goes on without you. `satune {again}` comes back to it.")
         raise typer.Exit(INTERRUPTED) from None

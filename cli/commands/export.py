@@ -54,7 +54,7 @@ def export(
     """
     client = Client(Connection.find(data_dir))
     body = {"model": model_of(client, source), "format": form, "dtype": dtype}
-    with leaving(f"export {source} {form}"):
+    with leaving():
         made = _made(client, body)
         paths = _paths(made, output)
         _fetch(client, made["id"], paths)

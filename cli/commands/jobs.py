@@ -38,7 +38,8 @@ def list_jobs(
         emit(jobs)
         return
     if not jobs:
-        err.print("No jobs yet. `satune submit --help` tells how to make one.")
+        none = "No jobs yet. `satune submit --help` tells how to make one."
+        say(f"No job is {status}." if status else none)
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("job", "status", "model", "progress"):
@@ -106,11 +107,11 @@ def wait(
     client = Client(Connection.find(data_dir))
     until = None if timeout is None else time.monotonic() + timeout
     codes = []
-    for job_id in job_ids:
-        with leaving(f"wait {job_id}"):
+    with leaving():
+        for job_id in job_ids:
             job = _ended(client, job_id, until)
-        codes.append(TERMINAL[job["status"]])
-        emit_line(job) if as_json else out.print(f"{job_id} {job['status']}", highlight=False)
+            codes.append(TERMINAL[job["status"]])
+            emit_line(job) if as_json else out.print(f"{job_id} {job['status']}", highlight=False)
     raise typer.Exit(next((code for code in codes if code), 0))
 
 
@@ -126,7 +127,7 @@ def logs(
 ) -> None:
     """What was told of a job, oldest first."""
     client = Client(Connection.find(data_dir))
-    with leaving(f"logs -f {job_id}"):
+    with leaving():
         for event in events(client, job_id, tail=tail, follow=follow):
             emit_line(event) if as_json else out.print(
                 event_line(event), highlight=False, soft_wrap=True
@@ -153,7 +154,7 @@ def show_metrics(
     chosen = [key.strip() for key in keys.split(",")] if keys else None
     columns = chosen or list(METRIC_KEYS)
     began = False
-    with leaving(f"metrics -f {job_id}"):
+    with leaving():
         for row in metrics(client, job_id, after=after, follow=follow):
             unknown = [key for key in columns if key not in row]
             if unknown:

@@ -46,6 +46,10 @@ def test_a_server_without_a_key_is_2_and_no_other_server_is_asked(service: Up):
     assert (server["ok"], "SATUNE_API_KEY" in server["found"]) == (False, True)
 
 
+def test_a_status_that_no_job_has_is_named(service: Up):
+    assert "No job is paused." in service.run("list", "--status", "paused").stderr
+
+
 def test_a_wrong_key_is_5(service: Up):
     done = satune("list", SATUNE_URL=service.connection["url"], SATUNE_API_KEY="sk-sat-wrong")
     assert (done.returncode, done.stdout) == (5, "")

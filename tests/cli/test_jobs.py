@@ -149,9 +149,12 @@ def test_a_run_can_be_paused_resumed_waited_for_in_vain_and_cancelled(
 
 def test_ctrl_c_leaves_the_job_running_and_says_so(service: Up, work: Path) -> None:
     job_id = started(service, work, *LONG)
-    for command in (["wait"], ["logs", "-f"], ["metrics", "-f"], ["watch"]):
+    for command in (
+        ["wait", job_id, job_id], ["logs", "-f", job_id], ["watch", job_id],
+        ["metrics", job_id, "-f", "--keys", "step,loss"],
+    ):  # fmt: skip
         with subprocess.Popen(
-            [sys.executable, "-m", "cli.main", *command, job_id],
+            [sys.executable, "-m", "cli.main", *command],
             env=environment(SATUNE_DATA_DIR=str(service.data_dir)), cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as looking:  # fmt: skip
@@ -160,7 +163,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(service: Up, work: Path) -> N
             looking.send_signal(signal.SIGINT)
             _, said = looking.communicate(timeout=60)
         assert looking.returncode == 130, said
-        assert f"satune {' '.join(command)} {job_id}" in said
+        assert f"`satune {' '.join(command)}`" in said
     assert running(service, job_id)
     service.run("cancel", job_id)
     assert service.run("wait", job_id).returncode == 3
