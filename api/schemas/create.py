@@ -16,7 +16,7 @@ from fastapi import Request
 
 from api.errors import ApiError, refuse_unknown
 from api.schemas.integrations import check_integrations, integrations_schema
-from jobs.chores import storable
+from jobs.base import storable
 from sat_core.plan.checking import json_schema
 from sat_core.plan.request import Hyperparameters, RunRequest, sat_json_schema
 
