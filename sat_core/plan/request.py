@@ -259,7 +259,7 @@ class Hyperparameters:
         None, "Sequences per optimizer step, a packed block counting as one.", ge=1, le=65536
     )
     learning_rate_multiplier: float | None = setting(
-        None, "Times the base rate for the model's size.", gt=0, le=10_000
+        None, "Times the base rate for the model's size and the tuning.", gt=0, le=10_000
     )
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sat_core.plan.request import RunRequest
 
 BASE_LEARNING_RATES = ((10e6, 1e-3), (100e6, 3e-4), (1e9, 5e-5), (10e9, 2e-5), (math.inf, 1e-5))
+# Where dense training and LoRA each did best, adapters had two to eight times the rate: docs/evidence/same-clock.md.
+TUNING_FACTORS = {"full": 1, "lora": 4}
 WORTHWHILE_SPEEDUP = 1.15
 # Narrower models were behind dense training at every setting, at equal FLOPs: docs/evidence/ablation.md.
 WORTHWHILE_HIDDEN = 128
@@ -51,9 +53,10 @@ def max_seq_len(request: RunRequest, shape: ModelShape, *, packed: bool) -> int:
     return asked or min(shape.context, 1024 if packed else 2048)
 
 
-def base_learning_rate(num_parameters: int) -> float:
-    """Base rate for full fine-tuning of a model of this size, which the multiplier scales."""
-    return next(rate for limit, rate in BASE_LEARNING_RATES if num_parameters <= limit)
+def base_learning_rate(num_parameters: int, tuning: str) -> float:
+    """Base rate for a model of this size and this tuning, which the multiplier scales."""
+    of_size = next(rate for limit, rate in BASE_LEARNING_RATES if num_parameters <= limit)
+    return TUNING_FACTORS[tuning] * of_size
 
 
 def resolve(
@@ -92,7 +95,8 @@ def resolve(
     per_epoch = max(1, math.ceil(sequences / batch))
     epochs = hyper.n_epochs or (1 if figures["format"] == "text" else 3)
     steps = sat.train.max_steps or epochs * per_epoch
-    peak = _learning_rate(request, shape)
+    base = base_learning_rate(shape.num_parameters, sat.train.tuning)
+    peak = _learning_rate(request, base)
     sat_config, warnings = resolve_sat(request, shape, steps, seq_len)
     _refuse_unshardable(request, shape)
     fitting = max(1, TOKENS_PER_MICRO_BATCH // max(1, int(figures["longest"])))
@@ -118,7 +122,7 @@ def resolve(
     stated = {
         "n_epochs": max(1, math.ceil(steps / per_epoch)),
         "batch_size": batch,
-        "learning_rate_multiplier": peak / base_learning_rate(shape.num_parameters),
+        "learning_rate_multiplier": peak / base,
     }
     warnings += _data_warnings(figures)
     if config.sharding == "fsdp":
@@ -151,7 +155,7 @@ def _data_warnings(figures: dict[str, Any]) -> list[str]:
     ]
 
 
-def _learning_rate(request: RunRequest, shape: ModelShape) -> float:
+def _learning_rate(request: RunRequest, base: float) -> float:
     asked = request.sat.train.learning_rate
     multiplier = request.hyperparameters.learning_rate_multiplier
     if asked is not None and multiplier is not None:
@@ -160,7 +164,7 @@ def _learning_rate(request: RunRequest, shape: ModelShape) -> float:
             "sat.train.learning_rate",
             "conflicting_parameters",
         )
-    return asked or (multiplier or 1.0) * base_learning_rate(shape.num_parameters)
+    return asked or (multiplier or 1.0) * base
 
 
 def resolve_sat(

@@ -217,6 +217,22 @@ def test_as_many_layers_are_exempt_as_the_others_can_make_up_for() -> None:
         stated(2)
 
 
+@pytest.mark.parametrize(("tuning", "base"), [("full", 1e-3), ("lora", 4e-3)])
+def test_the_multiplier_scales_a_base_for_the_tuning(tuning: str, base: float) -> None:
+    shape = sparsity_of(tiny_model()).shape
+
+    def stated(train: dict[str, object], multiplier: float | None = None) -> tuple[float, float]:
+        hyper = {"learning_rate_multiplier": multiplier}
+        sat = {"mode": "off", "train": {"tuning": tuning, **train}}
+        request = RunRequest.from_dict({"model": "m", "hyperparameters": hyper, "sat": sat})
+        made = resolve(request, shape, FIGURES, model_path=None, revision=None, corpus="c")
+        return made.config.learning_rate, made.hyperparameters["learning_rate_multiplier"]
+
+    assert stated({}) == (base, 1)
+    assert stated({}, 0.5) == (base / 2, 0.5)
+    assert stated({"learning_rate": 2 * base}) == (2 * base, 2)
+
+
 def test_a_request_survives_its_json_form() -> None:
     body = {
         "model": "m",
