@@ -18,11 +18,10 @@ from torch.nn import functional
 
 from sat_core.corpus import IGNORED_LABEL
 from sat_core.plan.families import family_of
+from sat_core.plan.memory import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     from sat_core.corpus import Batch
-
-CHUNK_ELEMENTS = 2**25
 
 
 class TokenLoss(NamedTuple):

@@ -19,8 +19,12 @@ CPU_RUNTIME_BYTES = 460 * 2**20
 FP32 = 4
 # Values of a residual-stream width that a layer keeps: the inputs of two norms, of the projections, of the MLP, and sums.
 KEPT_HIDDEN = 8
-# Logits, their softmax and its gradient, in single precision.
+# The loss makes no more logits at a time than these.
+CHUNK_ELEMENTS = 2**25
+# Logits and their softmax in single precision, and one of the two still of the chunk before.
 LOGIT_COPIES = 3
+# Capped attention is eager and keeps of a query-key pair the logit and its softmax: 4 + 4 bytes, or 2 + 4 and a copy of 2.
+PAIR_BYTES = {"gemma2": 8}
 
 
 def memory_bytes(config: TrainConfig, *, width: int, gpu: bool) -> dict[str, int]:
@@ -54,12 +58,13 @@ def _activations(config: TrainConfig, width: int, *, gpu: bool) -> int:
     tokens = config.micro_batch_size * width
     heads = shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     mlp = (shape.mlp_matrices + 1) * shape.intermediate * shape.active_experts
-    layer = KEPT_HIDDEN * shape.hidden + heads + mlp
+    value = 2 if half else FP32
+    pairs = PAIR_BYTES.get(shape.model_type, 0) * shape.num_heads * width
+    layer = value * (KEPT_HIDDEN * shape.hidden + heads + mlp) + pairs
     layers = shape.num_layers * layer
     if config.gradient_checkpointing:
-        layers = shape.num_layers * shape.hidden + layer
-    logits = LOGIT_COPIES * FP32 * shape.vocab
-    return tokens * (layers * (2 if half else FP32) + logits)
+        layers = value * shape.num_layers * shape.hidden + layer
+    return tokens * layers + LOGIT_COPIES * FP32 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
 
 
 def _adapter_parameters(shape: ModelShape, rank: int) -> int:

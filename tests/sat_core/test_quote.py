@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from sat_core.loss import token_loss
 from sat_core.plan.config import TrainConfig
-from sat_core.plan.memory import memory_bytes
-from tests.sat_core.tiny import prepare, read_events, run_core, write_text
+from sat_core.plan.memory import CHUNK_ELEMENTS, memory_bytes
+from tests.sat_core.tiny import (
+    prepare,
+    random_batch,
+    read_events,
+    run_core,
+    sparsity_of,
+    tiny_model,
+    write_text,
+)
 
 CPU = {"device": "cpu", "name": "cpu", "memory_bytes": None}
 CASES = {
@@ -82,3 +94,46 @@ def test_memory_follows_what_is_kept(tmp_path: Path) -> None:
     assert lora["optimizer"] < full["optimizer"]
     spared = TrainConfig.from_dict(prepared["config"] | {"gradient_checkpointing": True})
     assert memory_bytes(spared, width=64, gpu=True)["activations"] < full["activations"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("memory")
+    return prepare(root, data=write_text(root / "d.jsonl"), sat={"mode": "off"})
+
+
+def activations(prepared: dict[str, Any], shape: dict[str, Any], **changes: Any) -> int:
+    config = {**prepared["config"], "micro_batch_size": 3, "precision": "fp32", **changes}
+    config["shape"] = {**config["shape"], **shape}
+    return memory_bytes(TrainConfig.from_dict(config), width=16, gpu=False)["activations"]
+
+
+def test_no_more_logits_are_counted_than_the_loss_makes_at_a_time(prepared: dict[str, Any]) -> None:
+    few, one, many = (activations(prepared, {"vocab": v}) for v in (1, 2, CHUNK_ELEMENTS // 8))
+    assert many - few == 12 * (CHUNK_ELEMENTS - 3 * 16)
+    assert many == activations(prepared, {"vocab": CHUNK_ELEMENTS // 4})
+    assert one - few == 12 * 3 * 16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_pairs_that_capped_attention_keeps_are_counted(
+    prepared: dict[str, Any], precision: str
+) -> None:
+    model, batch = tiny_model("gemma2"), random_batch(0, rows=3, width=16)
+    squares: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == (16, 16):
+            squares[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with half, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = token_loss(model, batch)
+    shape = asdict(sparsity_of(model).shape)
+    capped, other = (
+        activations(prepared, {**shape, "model_type": name}, precision=precision)
+        for name in ("gemma2", "gemma3_text")
+    )
+    assert capped - other == sum(squares.values())
+    assert found.labels
