@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,12 +148,13 @@ class Preparation:
     ) -> None:
         """The job's own file to both splits: by sequences where text is joined, else by rows."""
         split = DEFAULT_VALIDATION_SPLIT if self.validation_split is None else self.validation_split
-        every = round(1 / split) if self.validation is None and split > 0 else 0
+        # The share that was meant: the float that is nearest to .7 is a little less.
+        share = Fraction(split if self.validation is None else 0).limit_denominator()
+        some, of = share.as_integer_ratio()
 
         def carved(number: int) -> bool:
-            return (
-                every > 0 and number % every == every - 1 and held.sequences < MAX_CARVED_SEQUENCES
-            )
+            due = (number + 1) * some // of > number * some // of
+            return due and held.sequences < MAX_CARVED_SEQUENCES
 
         if main.packing == "joined":
             for number, sequence in enumerate(main.sequences(trained)):

@@ -158,6 +158,19 @@ def test_a_row_that_is_carved_out_is_not_trained_on(tmp_path: Path, tokenizer: A
 
 
 @pytest.mark.parametrize(
+    ("split", "rows"),
+    [(0.25, (3, 7, 11)), (1 / 3, (2, 5, 8, 11)), (0.4, (2, 4, 7, 9)), (0.7, (1, 2, 4, 5, 7, 8, 9, 11))],
+)  # fmt: skip
+def test_as_large_a_share_is_carved_out_as_was_asked(
+    tmp_path: Path, tokenizer: Any, split: float, rows: tuple[int, ...]
+) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [pair(f"w{i}", "a") for i in range(12)])
+    make(tmp_path, tokenizer, data, split=split)
+    held = Corpus(next((tmp_path / "corpora").glob("*")), "validation")
+    assert contents(held, tokenizer) == [f"w{i} a <eos>" for i in rows]
+
+
+@pytest.mark.parametrize(
     ("weight", "replay", "readings"), [(0.25, 2, 1), (1.0, 8, 2), (2.5, 20, 4)]
 )
 def test_a_mixture_has_as_much_of_a_file_as_its_weight_asks(
