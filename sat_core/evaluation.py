@@ -172,11 +172,13 @@ class Judge:
             ids = self.template.prompt([{"role": "user", "content": prompt}])
         else:
             ids = tokenizer(prompt)["input_ids"]
+        # Where positions are learned there are none beyond the context. A prompt may have no token that is known.
+        context = self.parts.sparsity.shape.context
+        ids = ids[1 - context :] or [tokenizer.eos_token_id]
+        most = min(self.config.max_new_tokens, context - len(ids))
         ids_BT = torch.tensor([ids], device=self.parts.device)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        out_BT = self._generate(
-            ids_BT, max_new_tokens=self.config.max_new_tokens, do_sample=False, pad_token_id=pad
-        )
+        out_BT = self._generate(ids_BT, max_new_tokens=most, do_sample=False, pad_token_id=pad)
         said = str(tokenizer.decode(out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True))
         self.events.emit("sample", step=step, prompt=prompt, text=said)
         return said

@@ -71,7 +71,8 @@ def _nearest(name: Any, known: tuple[str, ...]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any]) -> Any:
+def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any] | None) -> Any:
+    """The value as `hint` has it; `spec` is None for an entry of a list, which has no default."""
     optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
     if optional:
         if value is None or value == "auto":
@@ -79,7 +80,7 @@ def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any]) -> An
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
     if dataclasses.is_dataclass(hint):
         return build(typing.cast("type", hint), value, path)
-    if value is None:
+    if value is None and spec:
         return spec.default
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
@@ -94,18 +95,13 @@ def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any]) -> An
             kind = "true or false" if hint is bool else "a string that is not empty"
             raise ConfigError(f"{path} is {value!r}; allowed is {kind}.", path)
         return value
-    return _number(hint, value, path, spec.metadata, optional=optional)
+    return _number(hint, value, path, spec.metadata if spec else {}, optional=optional)
 
 
 def _check_list(item: Any, value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)) or len(value) > MAX_LIST:
         raise ConfigError(f"{path} is {value!r}; allowed is a list of at most {MAX_LIST}.", path)
-    if dataclasses.is_dataclass(item):
-        cls = typing.cast("type", item)
-        return tuple(build(cls, entry, f"{path}.{i}") for i, entry in enumerate(value))
-    if not all(isinstance(entry, str) for entry in value):
-        raise ConfigError(f"{path} is {value!r}; allowed is a list of strings.", path)
-    return tuple(value)
+    return tuple(_check(item, entry, f"{path}.{i}", None) for i, entry in enumerate(value))
 
 
 def _number(
@@ -151,8 +147,7 @@ def json_schema(hint: Any, spec: dataclasses.Field[Any] | None = None) -> dict[s
     if typing.get_origin(hint) is Literal:
         out |= {"type": "string", "enum": list(typing.get_args(hint))}
     elif typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        items = json_schema(item) if dataclasses.is_dataclass(item) else {"type": "string"}
+        items = json_schema(typing.get_args(hint)[0])
         out |= {"type": "array", "items": items, "maxItems": MAX_LIST}
     elif hint in (bool, str):
         out |= {"type": "boolean"} if hint is bool else {"type": "string", "minLength": 1}

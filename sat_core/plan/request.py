@@ -175,7 +175,7 @@ class Eval:
         None, "Steps between evaluations; 0 is before and after only.", ge=0
     )
     prompts: tuple[str, ...] = setting(
-        (), "Continued greedily before and after the run, as samples."
+        (), "Continued greedily before and after the run, as samples, within the model's context."
     )
     max_new_tokens: int = setting(48, "Length of a sample.", ge=1, le=4096)
     forgetting_sequences: int = setting(

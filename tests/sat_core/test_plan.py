@@ -143,6 +143,8 @@ def test_flops_agree_with_torchs_own_counter(model_type: str, unit: str) -> None
         ({"sat": {"compensation": 1}}, "sat.compensation", "true or false"),
         ({"sat": {"data": {"mix": [{"weight": 1, "fil": "x"}]}}}, "sat.data.mix.0.fil", "'file'"),
         ({"sat": {"data": {"mix": [{"file": ""}]}}}, "sat.data.mix.0.file", "not empty"),
+        ({"sat": {"eval": {"prompts": ["a", ""]}}}, "sat.eval.prompts.1", "not empty"),
+        ({"sat": {"eval": {"prompts": [None]}}}, "sat.eval.prompts.0", "not empty"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_allowed(
@@ -252,6 +254,7 @@ def test_the_schema_lists_every_setting_with_its_limits() -> None:
     assert metrics[0] == "activation"
     assert len(metrics) == 8
     assert schema["properties"]["data"]["properties"]["mix"]["items"]["type"] == "object"
+    assert schema["properties"]["eval"]["properties"]["prompts"]["items"]["minLength"] == 1
 
 
 def test_the_plan_loads_no_torch() -> None:
