@@ -7,6 +7,7 @@ any mask made from it would be a guess; one that drops tool calls is refused, be
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from typing import Any, NamedTuple
@@ -80,11 +81,18 @@ class Renderer:
     ) -> tuple[int, int]:
         """Where turn `i` of the assistant lies in the whole: what it adds to the rendering of all before it.
 
+        Before the first turn there is nothing to render, but the template may write there, if only a system prompt of its
+        own: it is what another answer would have before it too.
+
         A template may open the last turn with a thought, if an empty one, that it leaves out of an earlier turn; then it is
         the rest of what the turn adds, as long as that rest holds all of the answer and stands there literally.
         """
-        before = self.template.apply(messages[:i], tools, bound, prompt=True) if i else ""
         after = self.template.apply(messages[: i + 1], tools, bound)
+        if i:
+            before = self.template.apply(messages[:i], tools, bound, prompt=True)
+        else:
+            other = self.template.apply([{"role": "assistant", "content": "\0"}], tools, bound)
+            before = os.path.commonprefix([other, after, whole])  # noqa: RUF071
         if after.startswith(before) and whole.startswith(before):
             turn, begin = after[len(before) :], len(before)
             said = [messages[i]["content"].rpartition(THOUGHT_END)[2].strip()]

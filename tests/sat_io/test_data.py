@@ -71,6 +71,21 @@ def test_a_template_with_generation_marks_decides_itself(tokenizer_folder: Path)
     assert trained_text(tokenizer_folder, "messages", MESSAGES, template) == "c d <eos>"
 
 
+@pytest.mark.parametrize("opening", ["", "<eos> "])
+def test_what_a_template_writes_before_a_first_answer_is_not_trained(
+    tokenizer_folder: Path, opening: str
+) -> None:
+    """As Qwen2.5's does, which adds a system prompt; one may also open the last turn with what it drops from earlier ones."""
+    template = (
+        "{% if messages[0]['role'] != 'system' %}w2 c d <eos> {% endif %}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}w0 {{ m['content'] }} {% else %}w1\n{% if loop.last %}OPENING\n{% endif %}"
+        "{{ m['content'] }} <eos> {% endif %}{% endfor %}{% if add_generation_prompt %}w1\n{% endif %}"
+    ).replace("OPENING\n", opening and f"{opening}\n")
+    answer_first = {"messages": [{"role": "assistant", "content": "c d"}, *TWO_TURNS["messages"]]}
+    found = trained_text(tokenizer_folder, "messages", answer_first, template)
+    assert found == f"c d <eos> c d <eos> {opening}f <eos>"
+
+
 def test_a_model_without_a_template_gets_the_stated_plain_one(tokenizer_folder: Path) -> None:
     assert trained_text(tokenizer_folder, "messages", MESSAGES, None).endswith("<eos>")
 
