@@ -177,24 +177,29 @@ class Judge:
         ids = ids[1 - context :] or [tokenizer.eos_token_id]
         most = min(self.config.max_new_tokens, context - len(ids))
         ids_BT = torch.tensor([ids], device=self.parts.device)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        out_BT = self._generate(ids_BT, max_new_tokens=most, do_sample=False, pad_token_id=pad)
+        out_BT = self._generate(ids_BT, max_new_tokens=most, do_sample=False)
         said = str(tokenizer.decode(out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True))
         self.events.emit("sample", step=step, prompt=prompt, text=said)
         return said
 
     @torch.no_grad()
     def _generate(self, ids_BT: Tensor, **settings: Any) -> Tensor:
-        sparsity = self.parts.sparsity
-        with self.parts.autocast(), sparsity.dense_forward():
-            out_BT: Tensor = sparsity.model.generate(
-                input_ids=ids_BT,
-                attention_mask=torch.ones_like(ids_BT),
-                use_cache=True,
-                # Ranks that share the layers all take part until the last one has ended.
-                synced_gpus=not sparsity.whole,
-                **settings,
-            )
+        sparsity, core = self.parts.sparsity, self.parts.sparsity.core
+        own = core.generation_config
+        # The model's own would fill in what is not said here: a temperature, penalties, all that bends its distribution.
+        core.generation_config = type(own)(eos_token_id=own.eos_token_id)
+        try:
+            with self.parts.autocast(), sparsity.dense_forward():
+                out_BT: Tensor = core.generate(
+                    input_ids=ids_BT,
+                    attention_mask=torch.ones_like(ids_BT),
+                    use_cache=True,
+                    # Ranks that share the layers all take part until the last one has ended.
+                    synced_gpus=not sparsity.whole,
+                    **settings,
+                )
+        finally:
+            core.generation_config = own
         return out_BT
 
 

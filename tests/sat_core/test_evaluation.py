@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.sat_core.tiny import (
     prepare,
     read_events,
@@ -14,11 +16,13 @@ from tests.sat_core.tiny import (
 )
 
 
-def summary(root: Path, prompts: list[str], **evaluation: Any) -> dict[str, Any]:
+def summary(
+    root: Path, prompts: list[str], *, tuning: str = "full", **evaluation: Any
+) -> dict[str, Any]:
     """What is measured of a short run of the model in `root`/model."""
     sat = {
         "mode": "off",
-        "train": {"max_seq_len": 32, "max_steps": 2},
+        "train": {"max_seq_len": 32, "max_steps": 2, "tuning": tuning},
         "eval": {"prompts": prompts, **evaluation},
     }
     prepared = prepare(root, data=write_text(root / "data.jsonl"), sat=sat)
@@ -36,3 +40,20 @@ def test_samples_stay_within_learned_positions(tmp_path: Path) -> None:
     assert [s["prompt"] for s in found] == prompts
     assert len(found[0]["before"].split()) <= 61
     assert len(found[1]["before"].split()) <= 1
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_what_a_model_writes_is_not_bent_by_its_generation_config(
+    tmp_path: Path, tuning: str
+) -> None:
+    bent = {"do_sample": True, "temperature": 0.1, "top_p": 0.5, "repetition_penalty": 9.0}
+    found = []
+    for name in ("plain", "bent"):
+        config = write_model(tmp_path / name / "model") / "generation_config.json"
+        if name == "bent":
+            config.write_text(json.dumps(json.loads(config.read_text()) | bent))
+        found.append(summary(tmp_path / name, ["a b c"], tuning=tuning))
+    for figure in ("forgetting_loss_before", "forgetting_loss_after", "samples"):
+        assert found[0][figure] == found[1][figure]
+    saved = json.loads((tmp_path / "bent/run/model/generation_config.json").read_text())
+    assert {key: saved[key] for key in bent} == bent
