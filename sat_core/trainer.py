@@ -75,7 +75,9 @@ class Run:
         train = Corpus(Path(config.corpus), "train", even=config.compile)
         held = Corpus(Path(config.corpus), "validation")
         self.figures = train.meta["figures"]
-        chat = self.figures["format"] not in ("text", "prompt_completion")
+        # A corpus of an earlier release did not count conversations.
+        plain = self.figures["format"] in ("text", "prompt_completion")
+        chat = self.figures.get("conversations", not plain)
         template = ChatTemplate(self.parts.tokenizer) if chat else None
         self.counters, measures = Counters(), Measures()
         self.last_loss: float | None = None

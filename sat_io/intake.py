@@ -19,6 +19,7 @@ import numpy as np
 from sat_core.plan.errors import DataError
 from sat_io.packing import Packer, Sequence, packer_for, packing_for, pieces
 from sat_io.rendering import Rendered, Renderer
+from sat_io.rows import Conversation
 from sat_io.sources import Source, shuffled
 
 if TYPE_CHECKING:
@@ -46,13 +47,17 @@ class Tokens:
 
 @dataclass
 class Tally:
-    """What was counted of one file; lengths are those before cutting. `progress` is told the rows now and then."""
+    """What was counted of one file; lengths are those before cutting. `progress` is told the rows now and then.
+
+    `conversations` are the rows that a chat template renders, whatever the format of the file.
+    """
 
     progress: Callable[[int], None]
     rows: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
     untrained_rows: int = 0
+    conversations: int = 0
     lengths: array[int] = field(default_factory=lambda: array("q"))
 
     def begin_row(self) -> None:
@@ -82,6 +87,7 @@ class Tally:
             "truncated_rows": self.truncated_rows,
             "truncated_tokens": self.truncated_tokens,
             "untrained_rows": self.untrained_rows,
+            "conversations": self.conversations,
             "row_tokens": self.row_tokens((50, 90, 99), "longest"),
         }
 
@@ -131,6 +137,7 @@ class Intake:
         """
         for row in self._rows:
             self.tally.begin_row()
+            self.tally.conversations += isinstance(row.content, Conversation)
             whole = rendered(self._renderer, row, self.source.filename)
             parts, lost = fit(whole, row.format, self.packing, self.seq_len)
             trained = sum(sum(part.trained[1:]) for part in parts)

@@ -126,6 +126,7 @@ class Preparation:
                 "seq_len": main.seq_len,
                 "carved": self.validation is None,
                 "duplicate_rows": duplicates,
+                "conversations": sum(file["conversations"] for file in files),
                 "overlap_rows": None if unknown else overlap(trained, kept_out),
                 **train.finish(),
                 "validation": held.finish(),

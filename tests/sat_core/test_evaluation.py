@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sat_core.chat_template import PLAIN_TEMPLATE
 from tests.sat_core.tiny import (
     prepare,
     read_events,
@@ -25,7 +26,8 @@ def summary(
         "train": {"max_seq_len": 32, "max_steps": 2, "tuning": tuning},
         "eval": {"prompts": prompts, **evaluation},
     }
-    prepared = prepare(root, data=write_text(root / "data.jsonl"), sat=sat)
+    data = root / "data.jsonl"
+    prepared = prepare(root, data=data if data.exists() else write_text(data), sat=sat)
     folder = root / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(prepared["config"]))
@@ -57,3 +59,18 @@ def test_what_a_model_writes_is_not_bent_by_its_generation_config(
         assert found[0][figure] == found[1][figure]
     saved = json.loads((tmp_path / "bent/run/model/generation_config.json").read_text())
     assert {key: saved[key] for key in bent} == bent
+
+
+def test_a_template_is_saved_with_whatever_was_trained_as_a_conversation(tmp_path: Path) -> None:
+    (write_model(tmp_path / "model") / "chat_template.jinja").unlink()
+    asked, said = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}
+    row = json.dumps({"prompt": [asked], "completion": [said]})
+    (tmp_path / "data.jsonl").write_text(f"{row}\n" * 4)
+    summary(tmp_path, ["a b"])
+    assert (tmp_path / "run/model/chat_template.jinja").read_text() == PLAIN_TEMPLATE
+    corpus = next((tmp_path / "corpora").glob("*/corpus.json"))
+    made = json.loads(corpus.read_text())
+    del made["figures"]["conversations"]
+    corpus.write_text(json.dumps(made))
+    assert run_core("train", tmp_path / "run") == 0, "an earlier release's corpus"
+    assert not (tmp_path / "run/model/chat_template.jinja").exists()

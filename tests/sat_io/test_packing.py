@@ -189,6 +189,18 @@ def test_a_mixture_has_as_much_of_a_file_as_its_weight_asks(
     assert all("w4" in text or "w9" in text for text in contents(held, tokenizer))
 
 
+def test_conversations_are_counted_whatever_the_format_says(tmp_path: Path, tokenizer: Any) -> None:
+    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"prompt": [asked], "completion": [said]}, pair("a", "b")]
+    _, figures = make(tmp_path, tokenizer, write_rows(tmp_path / "d.jsonl", rows))
+    assert (figures["format"], figures["conversations"]) == ("prompt_completion", 1)
+    text = write_rows(tmp_path / "t.jsonl", [{"text": letters(30)}] * 4)
+    replay = write_rows(tmp_path / "r.jsonl", [{"messages": [asked, said]}] * 2)
+    _, figures = make(tmp_path, tokenizer, text, mixes={replay: 0.5})
+    assert (figures["format"], figures["conversations"]) == ("text", 2)
+    assert [file["conversations"] for file in figures["files"]] == [0, 2]
+
+
 def test_the_seed_chooses_what_is_used_of_a_longer_file(tmp_path: Path, tokenizer: Any) -> None:
     data = write_rows(tmp_path / "d.jsonl", [pair("a", "b")] * 4)
     other = write_rows(tmp_path / "r.jsonl", [pair(f"w{i}", "c") for i in range(60)])
