@@ -199,7 +199,8 @@ class Stepper:
         optimizer = self.parts.optimizer
         if math.isfinite(result.grad_norm) and math.isfinite(result.loss):
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                stays = isinstance(group["lr"], torch.Tensor)  # torchao's refuses a number
+                group["lr"] = group["lr"].fill_(rate) if stays else rate
             optimizer.step()
             self.counters.bad_steps = 0
         else:

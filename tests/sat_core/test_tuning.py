@@ -219,6 +219,34 @@ def test_the_masked_twin_of_an_adapted_model_is_another_model() -> None:
     assert abs(a - b) > 1e-5
 
 
+class TensorRate(torch.optim.AdamW):
+    """Keeps its learning rate as torchao's optimizers do."""
+
+    def __init__(self, groups: Any, learning_rate: float) -> None:
+        super().__init__(groups, lr=torch.tensor(learning_rate), fused=True)
+        self.rates: list[float] = []
+
+    def step(self, closure: Any = None) -> Any:
+        assert all(isinstance(group["lr"], torch.Tensor) for group in self.param_groups)
+        self.rates.append(float(self.param_groups[0]["lr"]))
+        return super().step(closure)
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[TensorRate] = []
+
+    def build(model: Any, *, learning_rate: float, **_: Any) -> torch.optim.Optimizer:
+        made.append(TensorRate(model.parameters(), learning_rate))
+        return made[0]
+
+    monkeypatch.setattr("sat_core.assembly.build_optimizer", build)
+    told = [e["learning_rate"] for e in read_events(run(root, "rate", {})) if "learning_rate" in e]
+    assert made[0].rates == pytest.approx(told)
+    assert max(told) == TRAIN["learning_rate"] > min(told)
+
+
 def test_moments_of_eight_bits_follow_their_units() -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
     torch.manual_seed(0)
