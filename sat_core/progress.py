@@ -25,7 +25,8 @@ class Counters:
 
     Seconds are of training steps only, refreshes included. `dense_seconds` over `dense_steps` is the measured price of a
     dense step, `sparse_seconds` over `sparse_flops` that of a sparse FLOP; the first step of a process, which pays for warming
-    up, is left out of both, and where a stage of the ladder begins of the latter. `probe_flops` are part of `flops`.
+    up, is left out of both, and where a stage of the ladder begins of the latter; where layers are compiled that step and the
+    next of both. `probe_flops` are part of `flops`.
     `micro_batch_size` is 0 until memory ran out and made it smaller than the configuration's.
     """
 

@@ -76,9 +76,9 @@ class Stepper:
             refresh = self._choose(batches[0].rows(0, rows))
             choice_seconds = time.perf_counter() - started
             probed = refresh is not None and refresh.dense_loss is not None
-            if probed:
-                batches = _apart(batches, rows)
-            result = self._gradients(batches, probed=probed)
+            pieces = _apart(batches.pop(0), rows) if probed else []
+            batches = pieces + batches
+            result = self._gradients(batches, eager=len(pieces))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -123,13 +123,16 @@ class Stepper:
             self._count_probe(refresh, result, first)
         seconds = time.perf_counter() - started
         progress.count(counters, result, seconds)
-        if self._warm and result.flops == result.dense_flops:
+        begins = refresh is not None and refresh.stage_begins
+        # New widths are compiled now, or, where all of this step is a probe's, in the next.
+        compiles = config.compile and begins
+        if self._warm and not compiles and result.flops == result.dense_flops:
             counters.dense_seconds += seconds
             counters.dense_steps += 1
-        elif self._warm and not (refresh is not None and refresh.stage_begins):
+        elif self._warm and not begins:
             counters.sparse_seconds += seconds
             counters.sparse_flops += result.flops
-        self._warm = True
+        self._warm = not compiles
         return Made(result, refresh, rate, choice_seconds, seconds)
 
     def _micro_batches(self) -> list[Batch]:
@@ -141,10 +144,11 @@ class Stepper:
         device = self.parts.device
         return [self.corpus.batch(mine[i : i + size], device) for i in range(0, len(mine), size)]
 
-    def _gradients(self, batches: list[Batch], *, probed: bool) -> StepResult:
+    def _gradients(self, batches: list[Batch], *, eager: int) -> StepResult:
         """Forward and backward of all micro-batches, summed over ranks and clipped.
 
-        Where the first one was `probed` it meets what the probe met, so that dropout is not taken for a gap.
+        The first `eager` of them were one, of which a probe saw the first: it meets what the probe met, so that dropout is
+        not taken for a gap. The rest has a size of its own, for which nothing is worth compiling.
         """
         parts, parallel = self.parts, self.parts.parallel
         if parts.sharding:
@@ -157,9 +161,9 @@ class Stepper:
         cost = Cost.sum(costs)
         labels = max(1, int(parallel.sum(torch.tensor(cost.labels))))
         totals, correct = [], 0
+        modes = [parts.sparsity.as_probed(), parts.sparsity.eager_layers(quiet=False)][:eager]
         for batch in batches:
-            as_probed = probed and batch is batches[0]
-            with parts.autocast(), parts.sparsity.as_probed() if as_probed else nullcontext():
+            with parts.autocast(), modes.pop(0) if modes else nullcontext():
                 found = token_loss(parts.model, batch)
             torch.autograd.backward(found.total / labels)
             totals.append(float(found.total.detach()))
@@ -262,12 +266,10 @@ class Stepper:
         self.counters.probe_flops += flops
 
 
-def _apart(batches: list[Batch], rows: int) -> list[Batch]:
+def _apart(batch: Batch, rows: int) -> list[Batch]:
     """The probe's sequences as a micro-batch of their own, so that their sparse loss is known without another pass."""
-    first, *others = batches
-    if len(first.input_ids_BT) <= rows:
-        return batches
-    return [first.rows(0, rows), first.rows(rows, len(first.input_ids_BT)), *others]
+    size = len(batch.input_ids_BT)
+    return [batch.rows(a, b) for a, b in ((0, rows), (rows, size)) if a < size]
 
 
 def _cost(batch: Batch) -> Cost:

@@ -1,5 +1,6 @@
 """Adapters, gradient checkpointing, compiled layers, documents kept apart: each the same training, told otherwise."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,39 @@ def test_compiled_layers_are_compiled_once_a_width() -> None:
     assert new_graphs[0] > 0
     steady = [n for step, n in enumerate(new_graphs) if step and step not in begins]
     assert not any(steady), new_graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_run_compiles_once_a_stage_and_times_no_compiling(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = functools.partial(compile_layers, backend="aot_eager")
+    monkeypatch.setattr("sat_core.assembly.compile_layers", compiled)
+    torch._dynamo.reset()
+    sat = {
+        "omission_rate": {"mlp": 0.5},
+        "allotment": "uniform",
+        "schedule": {"dense_start": 0.2, "sparse_share": 0.5, "rungs": 3},
+        "guard": {"max_gap": 1e3},
+        "train": {**TRAIN, "max_steps": 20, "compile": True},
+        "eval": {"every": 0, "forgetting_sequences": 0},
+    }
+    hyper = {"batch_size": 12}
+    prepared = prepare(tmp_path, data=root / "data.jsonl", sat=sat, hyperparameters=hyper)
+    made = tmp_path / "run"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(prepared["config"]))
+    before = graphs()
+    assert run_core("train", made) == 0, (made / "events.jsonl").read_text()
+    events = read_events(made)
+    begins = [e["step"] for e in events if e["kind"] == "selection"]
+    assert begins == [5, 11, 15, 18]
+    assert graphs() - before == 4, "dense, the constant stage, two rungs"
+    flops = [0, *(e["flops"] for e in events if e["kind"] == "metrics")]
+    state = json.loads((made / "checkpoints/step-000020/state.json").read_text())
+    sparse = {*range(5, 18)} - {s + late for s in begins for late in (0, 1)}
+    assert state["sparse_flops"] == sum(flops[s] - flops[s - 1] for s in sparse)
+    assert state["dense_steps"] == 3 + 1, "of 2 to 4 and of 18 to 20"
 
 
 def test_rows_of_a_compiled_run_are_all_as_wide_as_the_longest(tmp_path: Path) -> None:
