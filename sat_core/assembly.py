@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,18 @@ class Assembly:
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 products over float32 parameters, where the run has them."""
         kind = self.device.partition(":")[0]
+        if self.half:
+            _cast_experts(kind)
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.half)
+
+
+@functools.cache
+def _cast_experts(kind: str) -> None:
+    """Tell autocast of the product that stock experts are made of, which it would leave in the parameters' precision.
+
+    Their eager form, which it knows, makes a gradient of the size of all experts for each one.
+    """
+    torch.library.register_autocast("aten::_grouped_mm", kind, torch.bfloat16)
 
 
 def assemble(config: TrainConfig, parallel: Parallel, resume: Path | None) -> Assembly:

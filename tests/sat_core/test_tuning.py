@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sat_core.checkpoint import merged_state_dict
@@ -28,6 +29,7 @@ from tests.sat_core.tiny import (
     run_core,
     sparsity_of,
     tiny_model,
+    write_model,
     write_text,
 )
 
@@ -251,6 +253,22 @@ def test_the_masked_twin_of_an_adapted_model_is_another_model() -> None:
     sparsity.wake_all()
     a, b = (float(masked_loss(sparsity, m, random_batch(1)).detach()) for m in (dense, masks))
     assert abs(a - b) > 1e-5
+
+
+def test_experts_multiply_in_half_precision_too(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(write_model(tmp_path / "experts/model"))
+    write_text(tmp_path / "data.jsonl")
+    seen: set[tuple[torch.dtype, ...]] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op is torch.ops.aten._grouped_mm.default:
+                seen.add((args[0].dtype, args[1].dtype))
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        run(tmp_path, "experts", {"max_steps": 4, "precision": "bf16"})
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
 
 
 class TensorRate(torch.optim.AdamW):
