@@ -8,7 +8,7 @@ set to choose. Samples are for the eye.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,8 +17,6 @@ from sat_core.loss import token_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
     from sat_core.assembly import Assembly
     from sat_core.chat_template import ChatTemplate
@@ -104,9 +102,8 @@ class Judge:
         """The same after the last step, when all are awake."""
         measures = self.measures
         measures.forgetting_after = self._forgetting()
-        measures.samples = [
-            {**s, "after": self._sample(s["prompt"], step)} for s in measures.samples
-        ]
+        for sample in measures.samples:
+            sample["after"] = self._sample(sample["prompt"], step)
 
     def evaluate(self, counters: Counters, *, alive: Callable[[], bool]) -> None:
         """Held-out loss of the dense model, told as an event; nothing where nothing is held out or `alive` turns false."""
@@ -150,14 +147,10 @@ class Judge:
         if start is None or number == 0:
             return []
         length = min(OWN_TEXT_TOKENS, self.parts.sparsity.shape.context - 1)
-        ids_B1 = torch.full((number, 1), start, device=device)
         with torch.random.fork_rng([device] if device.startswith("cuda") else []):
             torch.manual_seed(self.config.seed)
-            text = self._generate(
-                ids_B1, max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0
-            )
-        rows: list[list[int]] = text.tolist()
-        return rows
+            settings = {"max_new_tokens": length, "min_new_tokens": length, "top_k": 0}
+            return self._generate([[start]] * number, do_sample=True, **settings)
 
     def _forgetting(self) -> float | None:
         if not self.measures.own_text:
@@ -176,21 +169,21 @@ class Judge:
         context = self.parts.sparsity.shape.context
         ids = ids[1 - context :] or [tokenizer.eos_token_id]
         most = min(self.config.max_new_tokens, context - len(ids))
-        ids_BT = torch.tensor([ids], device=self.parts.device)
-        out_BT = self._generate(ids_BT, max_new_tokens=most, do_sample=False)
-        said = str(tokenizer.decode(out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True))
+        (written,) = self._generate([ids], max_new_tokens=most, do_sample=False)
+        said = str(tokenizer.decode(written[len(ids) :], skip_special_tokens=True))
         self.events.emit("sample", step=step, prompt=prompt, text=said)
         return said
 
     @torch.no_grad()
-    def _generate(self, ids_BT: Tensor, **settings: Any) -> Tensor:
+    def _generate(self, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
+        """Token ids of the prompts, which are equally long, each with what the dense model adds."""
         sparsity, core = self.parts.sparsity, self.parts.sparsity.core
-        own = core.generation_config
+        own, ids_BT = core.generation_config, torch.tensor(prompts, device=self.parts.device)
         # The model's own would fill in what is not said here: a temperature, penalties, all that bends its distribution.
         core.generation_config = type(own)(eos_token_id=own.eos_token_id)
         try:
             with self.parts.autocast(), sparsity.dense_forward():
-                out_BT: Tensor = core.generate(
+                out_BT = core.generate(
                     input_ids=ids_BT,
                     attention_mask=torch.ones_like(ids_BT),
                     use_cache=True,
@@ -200,7 +193,7 @@ class Judge:
                 )
         finally:
             core.generation_config = own
-        return out_BT
+        return cast("list[list[int]]", out_BT.tolist())
 
 
 @torch.no_grad()

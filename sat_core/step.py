@@ -79,12 +79,14 @@ class Stepper:
             pieces = _apart(batches.pop(0), rows) if probed else []
             batches = pieces + batches
             result = self._gradients(batches, eager=len(pieces))
+            if refresh is not None:
+                self._count_probe(refresh, result, batches[0])
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             lack = str(error)
         else:
-            return self._make(refresh, result, batches[0], choice_seconds, started)
+            return self._make(refresh, result, choice_seconds, started)
         # Out here the failed forward's frames, and with them its activations, are gone.
         self._halve_micro_batch(lack)
         return None
@@ -102,12 +104,7 @@ class Stepper:
         return refresh
 
     def _make(
-        self,
-        refresh: Refresh | None,
-        result: StepResult,
-        first: Batch,
-        choice_seconds: float,
-        started: float,
+        self, refresh: Refresh | None, result: StepResult, choice_seconds: float, started: float
     ) -> Made:
         """Update and count."""
         config, counters = self.config, self.counters
@@ -119,8 +116,6 @@ class Stepper:
             schedule=config.lr_schedule,
         )
         self._update(result, rate)
-        if refresh is not None:
-            self._count_probe(refresh, result, first)
         seconds = time.perf_counter() - started
         progress.count(counters, result, seconds)
         begins = refresh is not None and refresh.stage_begins

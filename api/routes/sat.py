@@ -1,6 +1,7 @@
 """`/v1/sat`: what may be asked, and what a ladder would do, told without any work."""
 
 import json
+from dataclasses import asdict
 from typing import Any, get_args
 
 from fastapi import APIRouter, Depends, Request
@@ -148,7 +149,7 @@ def _shape(app: Services, project: str, body: PreviewBody) -> ModelShape:
 
 def _bounded(shape: ModelShape) -> ModelShape:
     limits = {"num_layers": MAX_LAYERS}
-    for name, value in shape.to_dict().items():
+    for name, value in asdict(shape).items():
         most = limits.get(name, MAX_NUMBER)
         if isinstance(value, int) and value > most:
             raise ApiError(

@@ -211,10 +211,6 @@ class ModelShape:
         embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
         return self.num_layers * (attention + mlp) + embeddings
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
-
 
 def supported_model_types() -> tuple[str, ...]:
     """Every `model_type` that a family describes."""

@@ -252,13 +252,12 @@ def _refuse_unshardable(request: RunRequest, shape: ModelShape) -> None:
     train, metric = request.sat.train, request.sat.importance.metric
     if train.sharding != "fsdp":
         return
-    no_mlp_module = not family_of(shape.model_type).mlp_module
     reasons = {
         f"sat.train.tuning {train.tuning!r}": train.tuning != "full",
         f"sat.train.optimizer {train.optimizer!r}": train.optimizer != "adamw",
         "sat.train.compile": train.compile,
         f"sat.importance.metric {metric!r}": metric in GRADIENT_METRICS,
-        f"a {shape.model_type} model": no_mlp_module,
+        f"a {shape.model_type} model": not family_of(shape.model_type).mlp_module,
     }
     if refused := next((words for words, holds in reasons.items() if holds), None):
         raise ConfigError(
