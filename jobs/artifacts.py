@@ -103,6 +103,13 @@ class Artifacts:
         """Folder of one attempt at a chore, gone when it has ended."""
         return self.chores / chore_id / str(attempt)
 
+    def drop_chore(self, chore_id: str, attempt: int) -> None:
+        """Remove the folder of an attempt that is over; another, begun after it was taken for lost, may be at work beside it."""
+        folder = self.chore(chore_id, attempt)
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()
+
     def exports(self, chore_id: str) -> Path:
         """Folder of all attempts at an export."""
         return self.data_dir / "exports" / chore_id

@@ -93,6 +93,8 @@ def obey(session: Session, row: JobRow) -> bool:
 def give_back(session: Session, row: JobRow, stage: Stage, reason: str, *, level: str) -> None:
     """The job waits for its stage again, or does what people want instead."""
     row.owner, row.eta_seconds = None, None
+    if row.desired != Desired.RUN and level != "info":
+        add_event(session, row.id, reason, level=level)
     if not obey(session, row):
         move(row, WAITING[stage])
         tell(session, row, "retrying", reason, level=level)

@@ -141,8 +141,10 @@ def _checkpoint(
     session: Session, job: JobRow, attempt: int, run: str, event: dict[str, Any]
 ) -> None:
     same = (CheckpointRow.job_id == job.id, CheckpointRow.step == event["step"])
-    session.execute(delete(CheckpointRow).where(*same, CheckpointRow.pinned_from.is_(None)))
-    # A step that is trained again makes the same checkpoint; the one that a person pinned stays.
+    older = (CheckpointRow.pinned_from.is_(None), CheckpointRow.attempt <= attempt)
+    session.execute(delete(CheckpointRow).where(*same, *older))
+    # A step that is trained again makes the same checkpoint; the one that a person pinned stays, and that of a newer
+    # attempt where this one's is told late.
     if session.scalar(select(CheckpointRow.id).where(*same)) is None:
         session.add(
             CheckpointRow(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import shutil
 import socket
 import threading
 import time
@@ -50,9 +49,9 @@ class ChatRunner:
     leaving: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        artifacts = Artifacts.from_settings(self.settings)
-        self._inputs = Inputs(self.store, artifacts, self.claim.project)
-        self.folder = artifacts.chore(self.claim.id, self.claim.attempt)
+        self.artifacts = Artifacts.from_settings(self.settings)
+        self._inputs = Inputs(self.store, self.artifacts, self.claim.project)
+        self.folder = self.artifacts.chore(self.claim.id, self.claim.attempt)
         self._tail = Tail(self.folder / "events.jsonl")
         self._token = secrets.token_urlsafe(32)
         self._listens = False
@@ -77,7 +76,7 @@ class ChatRunner:
             code = f"{error.kind}_not_found"
             self._fail({"code": code, "message": f"{error}.", "param": "model"})
         finally:
-            shutil.rmtree(self.folder.parent, ignore_errors=True)
+            self.artifacts.drop_chore(self.claim.id, self.claim.attempt)
 
     def _work(self) -> None:
         self.folder.mkdir(parents=True)

@@ -13,7 +13,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,10 +78,7 @@ class ChoreRunner:
             if not self._write(lambda: self.store.finish_chore(self.claim, result)) and kept:
                 shutil.rmtree(kept, ignore_errors=True)
         finally:
-            # Not its parent: another attempt, begun after this one was taken for lost, may be at work there.
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):
-                self.folder.parent.rmdir()
+            self.artifacts.drop_chore(self.claim.id, self.claim.attempt)
 
     def _work(self) -> dict[str, Any]:
         kind = self.kinds.get(self.claim.kind)

@@ -82,9 +82,13 @@ class Host:
         """Claim what waits, for as long as slots are free."""
         for stage in Stage:
             while not self.stopping.is_set() and (slot := self.slots.take(stage)):
-                work = self._claim(slot)
+                work = None
+                try:
+                    work = self._claim(slot)
+                finally:
+                    if work is None:
+                        self.slots.give(slot)
                 if work is None:
-                    self.slots.give(slot)
                     break
                 self._launch(work, slot)
 

@@ -69,11 +69,18 @@ class Runner:
         self.folder = self.artifacts.run(self.claim.job_id, self.claim.attempt)
         self.tail = Tail(self.folder / "events.jsonl")
         self._desired = Desired.RUN
-        self._asked_at: float | None = None
+        self._asked = False
+        # Since when it may be ended by force.
+        self._hurry_at: float | None = None
         # Set once the run has had all the time that it may take.
         self._over_time = False
         self._spoke_at = self._beat_at = time.monotonic()
         self._said_bytes = 0
+        # As far as they were recorded, however often catching up has to be tried.
+        self._earlier = {
+            attempt: Tail(self.artifacts.run(self.claim.job_id, attempt) / "events.jsonl", position)
+            for attempt, position in self.claim.read.items()
+        }
         self._kills_before = memory_kills()
 
     def run(self) -> None:
@@ -152,11 +159,9 @@ class Runner:
 
     def _catch_up(self) -> None:
         """Record what earlier attempts told after their worker was lost: they may have written and deleted checkpoints."""
-        for attempt, position in self.claim.read.items():
-            folder = self.artifacts.run(self.claim.job_id, attempt)
-            tail, run = Tail(folder / "events.jsonl", position), self.artifacts.relative(folder)
-            # A disk that was full may have cut a line short.
-            with suppress(EventsUnsupported, ValueError):
+        for attempt, tail in self._earlier.items():
+            run = self.artifacts.relative(tail.path.parent)
+            with suppress(EventsUnsupported):
                 while (read := tail.read())[0]:
                     events, end = read
                     self.store.record(
@@ -172,8 +177,12 @@ class Runner:
             self._tell()
             now = time.monotonic()
             self._over_time = over_at is not None and now > over_at
-            asked = self._asked_at is not None or self._over_time
-            if asked or self._desired is not Desired.RUN or self.stopping.is_set():
+            if (
+                self._asked
+                or self._over_time
+                or self._desired is not Desired.RUN
+                or self.stopping.is_set()
+            ):
                 self._stop(child)
             # By the file, not by what could be recorded of it: the database may be away.
             if (said := self.tail.size) != self._said_bytes:
@@ -220,21 +229,25 @@ class Runner:
         """`keep` counts over the whole job: the core of this attempt knows nothing of what earlier ones left, half-written too."""
         keep = int((self.claim.job.config or {})["checkpoint_keep"])
         stay = self.store.tidy_checkpoints(self.claim, keep)
-        for attempt in self.claim.read:
-            earlier = self.artifacts.run(self.claim.job_id, attempt) / "checkpoints"
-            for folder in earlier.iterdir() if earlier.is_dir() else ():
-                if self.artifacts.relative(folder) not in stay:
-                    shutil.rmtree(folder, ignore_errors=True)
+        try:
+            for tail in self._earlier.values():
+                for folder in tail.path.parent.glob("checkpoints/*"):
+                    if self.artifacts.relative(folder) not in stay:
+                        shutil.rmtree(folder, ignore_errors=True)
+                        self.store.heartbeat(self.claim)
+        except OSError as error:
+            log.warning("%s is not tidied: %s", self.claim.job_id, error)
 
     def _stop(self, child: Child) -> None:
         """Ask once, and end it by force when its time is up; a pause has no hurry, and its checkpoint may be large."""
-        if self._asked_at is None:
-            self._asked_at = time.monotonic()
+        if not self._asked:
+            self._asked = True
             child.ask_to_stop()
-            return
-        hurry = self.stopping.is_set() or self._over_time or self._desired is Desired.CANCEL
-        if hurry and time.monotonic() - self._asked_at > self.settings.grace_seconds:
-            child.kill()
+        if self.stopping.is_set() or self._over_time or self._desired is Desired.CANCEL:
+            now = time.monotonic()
+            self._hurry_at = self._hurry_at or now
+            if now - self._hurry_at > self.settings.grace_seconds:
+                child.kill()
 
     def _conclude(self, child: Child, joules: float | None) -> None:
         """Write down how it ended."""
@@ -251,7 +264,7 @@ class Runner:
             self.store.fail(self.claim, self.failure)
         elif self._over_time:
             self.store.fail(self.claim, self._time_is_up())
-        elif code == STOPPED or self._asked_at is not None:
+        elif code == STOPPED or (self._asked and code != FAILED):
             written = " with a checkpoint written" if code == STOPPED else ""
             self.store.release(self.claim, f"Stopped{written}; waiting for a worker")
         else:

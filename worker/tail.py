@@ -6,9 +6,12 @@ The child is a program of its own, so a format that it names and this one does n
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 4 * 2**20
 EVENTS_FORMAT = "satune.events/1"
@@ -45,10 +48,17 @@ class Tail:
         except FileNotFoundError:
             return [], self.position
         whole = data[: data.rfind(b"\n") + 1]
-        events = [json.loads(line) for line in whole.splitlines()]
-        for event in events:
+        events = []
+        for line in whole.splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                # A disk that was full cut it short, and the next one joined it.
+                log.warning("%s: a line is no JSON: %.200r", self.path, line)
+                continue
             if event["kind"] == "begun" and event["format"] != EVENTS_FORMAT:
                 raise EventsUnsupported(event["format"])
+            events.append(event)
         return events, self.position + len(whole)
 
     @property

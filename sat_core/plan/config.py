@@ -185,7 +185,8 @@ class TrainConfig:
             values["shape"] = ModelShape(**values["shape"])
             values["sat"] = SatConfig(**values["sat"])
             values["prompts"] = tuple(values["prompts"])
-            values["resume_from"] = tuple(values.get("resume_from") or ())
+            resume = values.get("resume_from") or ()
+            values["resume_from"] = (resume,) if isinstance(resume, str) else tuple(resume)
             return cls(**values)
         except KeyError as error:
             raise ConfigError(f"config.json lacks {error}.", "config") from error

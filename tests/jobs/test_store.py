@@ -329,6 +329,18 @@ def test_a_job_keeps_its_newest_checkpoints_over_all_attempts(store: Store) -> N
     assert [c.step for c in store.checkpoints("default", job.id).items] == [5, 4]
 
 
+def test_what_an_older_attempt_tells_late_takes_nothing_from_a_newer_one(store: Store) -> None:
+    job = add_job(store)
+    older = training(store)
+    store.release(older, "x")
+    newer = claimed(store, Stage.TRAIN)
+    store.record(newer, [saved(6)], run="r/3", read_position=1)
+    late = [saved(6), saved(9), {**saved(6), "kind": "checkpoint_deleted"}]
+    store.record(newer, late, run="r/2", read_position=1, attempt=older.attempt)
+    found = [(c.step, c.attempt) for c in store.checkpoints("default", job.id).items]
+    assert found == [(9, older.attempt), (6, newer.attempt)]
+
+
 def test_what_a_database_cannot_hold_costs_no_run(store: Store) -> None:
     job = add_job(store)
     claim = training(store)

@@ -25,7 +25,8 @@ def emit(kind: str, **fields: object) -> None:
 
 
 def leave() -> None:
-    if behaviour == "checkpoint":
+    if behaviour in ("checkpoint", "slow"):
+        time.sleep(1 if behaviour == "slow" else 0)
         saved = folder / "checkpoints" / "step-000003"
         saved.mkdir(parents=True)
         emit("checkpoint", step=3, path="checkpoints/step-000003", size_bytes=1, metrics={})
@@ -40,7 +41,7 @@ for step in (1, 2, 3):
     emit("metrics", step=step, total_steps=3, tokens=step, memory_bytes=1, **figures)
 (folder / ".pid").write_text(str(os.getpid()))
 (folder / ".pid").rename(folder / "pid")
-if behaviour in ("hang", "deaf", "checkpoint"):
+if behaviour in ("hang", "deaf", "checkpoint", "slow"):
     time.sleep(60)
 if behaviour == "refuse":
     emit("failed", code="dataset_invalid", message="the data are bad", param=None)

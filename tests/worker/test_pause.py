@@ -15,11 +15,11 @@ from tests.service import eventually
 from .test_runner import claim_for, run
 
 
-@pytest.mark.parametrize("behaviour", ["checkpoint", "deaf"])
+@pytest.mark.parametrize("behaviour", ["checkpoint", "slow", "deaf"])
 def test_pause_and_resume(store: Store, quick: Settings, behaviour: str) -> None:
-    # A pause waits for its checkpoint, longer than a worker that ends would.
-    hasty = {"grace_seconds": 0.1, "stall_seconds": 1}
-    settings = quick.model_copy(update=hasty) if behaviour == "deaf" else quick
+    # A pause waits for its checkpoint, longer than a worker that ends would, but not for ever.
+    hasty = {"grace_seconds": 0.1, "stall_seconds": 1 if behaviour == "deaf" else 20}
+    settings = quick.model_copy(update=hasty)
     claim = claim_for(store, quick, behaviour)
     thread = threading.Thread(target=run, args=(store, settings, claim))
     thread.start()
@@ -37,10 +37,10 @@ def test_pause_and_resume(store: Store, quick: Settings, behaviour: str) -> None
     assert again is not None
     stopping = threading.Event()
     stopping.set()
-    run(store, settings, again, stopping)
+    run(store, quick, again, stopping)
     config = folder.with_name(str(again.attempt)) / "config.json"
     resumed_from = json.loads(config.read_text())["resume_from"]
-    wanted = [str(folder / "checkpoints/step-000003")] if behaviour == "checkpoint" else []
+    wanted = [str(folder / "checkpoints/step-000003")] if behaviour != "deaf" else []
     assert resumed_from == wanted
     told = [e.message for e in store.events("default", claim.job_id, limit=50).items]
     assert ("Paused; resume goes on from step 3" in told) == bool(wanted), told

@@ -243,6 +243,8 @@ def test_what_was_told_after_a_worker_was_lost_is_caught_up_with(
     lines = [json.dumps(event) + "\n" for event in events]
     for step in (6, 9):
         (folder / f"checkpoints/step-{step}").mkdir(parents=True)
+    # One line was cut short by a full disk, and the last one is not yet whole.
+    lines.insert(2, lines[2][:20] + lines[2])
     (folder / "events.jsonl").write_text("".join(lines) + '{"half')
     run_folder = artifacts.relative(folder)
     store.record(claim, events[:1], run=run_folder, read_position=len(lines[0]))
@@ -253,6 +255,64 @@ def test_what_was_told_after_a_worker_was_lost_is_caught_up_with(
     config = json.loads(folder.with_name(str(again.attempt)).joinpath("config.json").read_text())
     assert config["resume_from"] == [str(folder / f"checkpoints/step-{n}") for n in (9, 6)]
     assert [c.step for c in store.checkpoints("default", claim.job_id).items] == [9, 6]
+
+
+class Hiccup(Store):
+    """A store whose database is away once, after it has taken the first events."""
+
+    taken = 0
+
+    def record(self, *arguments: Any, **named: Any) -> Any:
+        self.taken += 1
+        if self.taken == 2:
+            raise StoreUnavailable("away")
+        return super().record(*arguments, **named)
+
+
+def test_catching_up_is_told_once_whatever_the_database_does(
+    store: Store, quick: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = claim_for(store, quick, "succeed")
+    folder = Artifacts.from_settings(quick).run(claim.job_id, claim.attempt)
+    folder.mkdir(parents=True)
+    lines = [
+        json.dumps(
+            {"seq": n, "time": 1.0, "kind": "message", "level": "warn", "message": f"no {n}"}
+        )
+        for n in range(2)
+    ]
+    (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr("worker.tail.CHUNK_BYTES", len(lines[0]) + 2)
+    assert store.expire(store.leases()[0], max_failures=3, retry_seconds=0)
+    again = store.claim("w", Stage.TRAIN)
+    assert again is not None
+    engine = make_engine(quick)
+    run(Hiccup(engine), quick, again)
+    engine.dispose()
+    told = [e.message for e in store.events("default", claim.job_id, limit=50).items]
+    assert (told.count("no 0"), told.count("no 1")) == (1, 1)
+
+
+class Counting(Store):
+    """A store that counts the heartbeats of runs."""
+
+    beats = 0
+
+    def heartbeat(self, claim: Claim) -> Any:
+        self.beats += 1
+        return super().heartbeat(claim)
+
+
+def test_a_lease_is_renewed_while_metrics_become_a_file(
+    store: Store, quick: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.measures.ROWS_PER_READ", 1)
+    claim = claim_for(store, quick, "succeed")
+    engine = make_engine(quick)
+    counting = Counting(engine)
+    run(counting, quick.model_copy(update={"heartbeat_seconds": 60}), claim)
+    engine.dispose()
+    assert counting.beats >= 3, "one a lot"
 
 
 def test_what_earlier_attempts_saved_goes_when_newer_checkpoints_are_there(
