@@ -60,13 +60,19 @@ class Artifacts:
         return self.files / sha256
 
     def keep(self, scratch: Path, sha256: str) -> None:
-        """Give the bytes of a file their lasting name, so that a power cut leaves all of them or nothing."""
-        os.rename(scratch, self.file(sha256))
-        handle = os.open(self.files, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        """Give the bytes of a file their lasting name."""
+        self.put(scratch, self.file(sha256))
+
+    def put(self, source: Path, target: Path) -> None:
+        """Move what is written and synced to its place, so that a power cut leaves all of it or nothing."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)
+        for folder in (target.parent, target.parent.parent):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
     @contextmanager
     def dropping(self, sha256: str) -> Iterator[None]:

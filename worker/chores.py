@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -143,8 +142,7 @@ class ChoreRunner:
         if name is None:
             return None
         target = self.artifacts.export(self.claim.id, self.claim.attempt)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(self.folder / name, target)
+        self.artifacts.put(self.folder / name, target)
         return target
 
     def _failure(self) -> dict[str, Any] | None:

@@ -346,9 +346,8 @@ class Runner:
         """Move the model out of the run folder, then say so under the fence: readers follow the row."""
         job = self.claim.job
         target = self.artifacts.result(job.id, self.claim.attempt)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            os.rename(self.folder / result["path"], target)
+            self.artifacts.put(self.folder / result["path"], target)
         path = self.folder / "step_metrics.csv"
         table = self._table(path)
         self.store.finish_train(
@@ -374,6 +373,8 @@ class Runner:
                 part = text.encode()
                 digest.update(part)
                 size += file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
         return NewFile(
             id=new_id("file-"),
             filename="step_metrics.csv",
