@@ -57,6 +57,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _hold_lifeline() -> None:
+    # Whoever is asked to end removes what is half made; training does more.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from sat_io.formats import FileCheck
 from sat_io.rendering import Renderer
 from sat_io.rows import parse_row
 from tests.sat_core.tiny import prepare, read_events, run_core, write_model, write_text
+from tests.service import eventually
 
 MESSAGES = {
     "messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
@@ -240,3 +242,19 @@ def test_the_program_reads_rows_without_torch(tmp_path: Path) -> None:
     assert "transformers" in imported
     assert not {name for name in imported if name.startswith("torch")}
     assert json.loads((folder / "train.json").read_text())["quote"]["flops"]
+
+
+def test_a_preparation_that_is_asked_to_end_leaves_nothing_half_made(tmp_path: Path) -> None:
+    prepare(tmp_path, data=write_text(tmp_path / "few.jsonl"), sat={})
+    config = json.loads((tmp_path / "prepare/config.json").read_text())
+    many = tmp_path / "many.jsonl"
+    many.write_text((json.dumps({"text": "a b c d"}) + "\n") * 400_000)
+    config["training_file"] = {"path": str(many), "filename": many.name}
+    (tmp_path / "prepare/config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "sat_io", "prepare", str(tmp_path / "prepare"), "--lifeline"]
+    half_made = (tmp_path / "corpora").glob
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        eventually(lambda: any(half_made(".preparing-*")), seconds=60)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 128 + signal.SIGTERM
+    assert not list(half_made(".*"))
