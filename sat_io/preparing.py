@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from sat_io.sources import Source
 
+# Raised where the same rows and settings become other sequences or masks, so that no corpus of before is found for them.
+RULES = 2
 DEFAULT_VALIDATION_SPLIT = 0.05
 MAX_CARVED_SEQUENCES = 200
 
@@ -88,6 +90,7 @@ class Preparation:
         tokens, renderer = self.tokens, self.tokens.renderer
         parts = [
             CORPUS_FORMAT,
+            RULES,
             [(s.fingerprint, s.filename, s.weight) for s in self._sources],
             self.validation is None,
             hashlib.sha256(renderer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

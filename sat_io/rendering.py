@@ -92,7 +92,8 @@ class Renderer:
             before = self.template.apply(messages[:i], tools, bound, prompt=True)
         else:
             other = self.template.apply([{"role": "assistant", "content": "\0"}], tools, bound)
-            before = os.path.commonprefix([other, after, whole])  # noqa: RUF071
+            # A space before an answer is, for many tokenizers, part of its first token.
+            before = os.path.commonprefix([other, after, whole]).rstrip(" ")  # noqa: RUF071
         if after.startswith(before) and whole.startswith(before):
             turn, begin = after[len(before) :], len(before)
             said = [messages[i]["content"].rpartition(THOUGHT_END)[2].strip()]

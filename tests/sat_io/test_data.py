@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sat_core.corpus import IGNORED_LABEL, Corpus
 from sat_core.plan.errors import DataError
@@ -86,6 +87,24 @@ def test_what_a_template_writes_before_a_first_answer_is_not_trained(
     answer_first = {"messages": [{"role": "assistant", "content": "c d"}, *TWO_TURNS["messages"]]}
     found = trained_text(tokenizer_folder, "messages", answer_first, template)
     assert found == f"c d <eos> c d <eos> {opening}f <eos>"
+
+
+def test_a_first_answer_is_trained_like_any_other_where_a_space_begins_its_token(
+    tmp_path: Path,
+) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(special_tokens=["<eos>"], show_progress=False)
+    backend.train_from_iterator(["User: good Assistant: good"] * 9, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path)
+    template = (
+        "{% for m in messages %}{{ 'User: ' if m['role'] == 'user' else 'Assistant: ' }}{{ m['content'] }}"
+        "<eos>{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    )
+    first = {"role": "assistant", "content": "good"}
+    row = {"messages": [first, {"role": "user", "content": "good"}, first]}
+    assert trained_text(tmp_path, "messages", row, template) == " good<eos> good<eos>"
 
 
 def test_a_model_without_a_template_gets_the_stated_plain_one(tokenizer_folder: Path) -> None:
