@@ -59,11 +59,13 @@ class Assembly:
 
 @functools.cache
 def _cast_experts(kind: str) -> None:
-    """Tell autocast of the product that stock experts are made of, which it would leave in the parameters' precision.
+    """Tell autocast of the products that stock experts are made of, which it would leave in the parameters' precision.
 
-    Their eager form, which it knows, makes a gradient of the size of all experts for each one.
+    Their eager form, which it knows, makes a gradient of the size of all experts for each one. The second product is
+    transformers' own, for compiled layers.
     """
-    torch.library.register_autocast("aten::_grouped_mm", kind, torch.bfloat16)
+    for product in ("aten::_grouped_mm", "transformers::grouped_mm_fallback"):
+        torch.library.register_autocast(product, kind, torch.bfloat16)
 
 
 def assemble(config: TrainConfig, parallel: Parallel, resume: Path | None) -> Assembly:

@@ -139,11 +139,18 @@ class Judge:
             return None
         return HeldOut(loss=total / labels, token_accuracy=correct / labels, tokens=labels)
 
+    @property
+    def _start(self) -> int | None:
+        """The token that text begins with."""
+        tokenizer = self.parts.tokenizer
+        bos: int | None = tokenizer.bos_token_id
+        return tokenizer.eos_token_id if bos is None else bos
+
     def _write_own_text(self) -> list[list[int]]:
         """Token ids that the model draws from its own distribution, of equal length, the same for the same seed."""
-        tokenizer, device = self.parts.tokenizer, self.parts.device
+        device = self.parts.device
         number = self.config.forgetting_sequences
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        start = self._start
         if start is None or number == 0:
             return []
         length = min(OWN_TEXT_TOKENS, self.parts.sparsity.shape.context - 1)
@@ -167,7 +174,7 @@ class Judge:
             ids = tokenizer(prompt)["input_ids"]
         # Where positions are learned there are none beyond the context. A prompt may have no token that is known.
         context = self.parts.sparsity.shape.context
-        ids = ids[1 - context :] or [tokenizer.eos_token_id]
+        ids = ids[1 - context :] or [self._start or 0]
         most = min(self.config.max_new_tokens, context - len(ids))
         (written,) = self._generate([ids], max_new_tokens=most, do_sample=False)
         said = str(tokenizer.decode(written[len(ids) :], skip_special_tokens=True))

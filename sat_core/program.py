@@ -1,7 +1,8 @@
 """What `python -m sat_core` and `python -m sat_io` are alike in: one command, on one run folder.
 
 It reads RUN_FOLDER/config.json and writes nothing outside that folder but the shared corpus. Exit codes: 0 done, 10 stopped
-on SIGTERM with a checkpoint written, 20 failed for a reason that the last event tells; anything else is a crash.
+on SIGTERM with a checkpoint written, 20 failed for a reason that the last event tells, 143 ended on SIGTERM with nothing half
+made left; anything else is a crash.
 
 With --lifeline the process belongs to whoever holds the other end of its standard input: it dies when that end closes, and
 on Linux also when its parent dies, so that no orphan keeps a GPU.

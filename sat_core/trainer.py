@@ -177,7 +177,7 @@ class Run:
         if self._evaluation_due:
             self._evaluate()
         if config.checkpoint_every and step % config.checkpoint_every == 0:
-            self._save_if_possible()
+            self._save(needed=False)
 
     def _evaluate(self) -> None:
         # Ranks evaluate alike and must leave alike, so that only a run alone may leave in the middle.
@@ -201,7 +201,8 @@ class Run:
         (model / "README.md").write_text(card, "utf-8")
         self.events.emit("result", path="model", summary=summary)
 
-    def _save(self) -> Path:
+    def _save(self, *, needed: bool = True) -> Path:
+        """Write a checkpoint; one that is not `needed` and that the disk does not hold costs the run nothing."""
         folder = self.folder / "checkpoints"
         saved = folder / checkpoint.name_of(self.counters.step)
         if self.parallel.first or self.parts.sharding:
@@ -210,22 +211,20 @@ class Run:
                 "measures": asdict(self.judge.measures),
                 "loss": self.last_loss,
             }
-            checkpoint.save(folder, self.sparsity, self.parts.tokenizer, state)
+            try:
+                checkpoint.save(folder, self.sparsity, self.parts.tokenizer, state)
+            except (OSError, SafetensorError) as error:
+                # Of ranks the others would wait for this one.
+                if needed or self.parallel.world > 1:
+                    raise
+                step = self.counters.step
+                self.events.message("warn", f"No checkpoint at step {step}: {error}", step=step)
+                return saved
         if self.parallel.first:
             self._tell_checkpoint(folder, saved)
         self.parallel.wait()
         self._saved_step = self.counters.step
         return saved
-
-    def _save_if_possible(self) -> None:
-        """A checkpoint that the disk does not hold costs a run nothing; of ranks, though, the others wait for this one."""
-        try:
-            self._save()
-        except (OSError, SafetensorError) as error:
-            if self.parallel.world > 1:
-                raise
-            step = self.counters.step
-            self.events.message("warn", f"No checkpoint at step {step}: {error}", step=step)
 
     def _tell_checkpoint(self, folder: Path, saved: Path) -> None:
         size = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())

@@ -204,12 +204,16 @@ class ModelShape:
         return 3 if self.gated else 2
 
     @property
-    def num_parameters(self) -> int:
-        """Weights of the matrices (norms, biases, routers and positions left out)."""
+    def layer_parameters(self) -> int:
+        """Weights of a layer's matrices (norms, biases and routers left out)."""
         attention = self.hidden * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        mlp = self.mlp_matrices * self.hidden * self.intermediate * self.experts
+        return attention + self.mlp_matrices * self.hidden * self.intermediate * self.experts
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all matrices."""
         embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
-        return self.num_layers * (attention + mlp) + embeddings
+        return self.num_layers * self.layer_parameters + embeddings
 
 
 def supported_model_types() -> tuple[str, ...]:

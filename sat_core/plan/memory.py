@@ -62,9 +62,15 @@ def _activations(config: TrainConfig, width: int, *, gpu: bool) -> int:
     pairs = PAIR_BYTES.get(shape.model_type, 0) * shape.num_heads * width
     layer = value * (KEPT_HIDDEN * shape.hidden + heads + mlp) + pairs
     layers = shape.num_layers * layer
+    # Autocast's copy of each weight stays until its backward; of layers that ranks share there is none.
+    copies = shape.num_layers * shape.layer_parameters * value
     if config.gradient_checkpointing:
         layers = value * shape.num_layers * shape.hidden + layer
-    return tokens * layers + LOGIT_COPIES * FP32 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
+        copies = shape.layer_parameters * value
+    if not half or config.sharding == "fsdp":
+        copies = 0
+    logits = LOGIT_COPIES * FP32 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
+    return tokens * layers + copies + logits
 
 
 def _adapter_parameters(shape: ModelShape, rank: int) -> int:

@@ -115,6 +115,32 @@ def test_no_more_logits_are_counted_than_the_loss_makes_at_a_time(prepared: dict
     assert one - few == 12 * 3 * 16
 
 
+def test_what_autocast_keeps_of_the_weights_is_counted(prepared: dict[str, Any]) -> None:
+    model, batch = tiny_model(), random_batch(0, rows=3, width=5)
+    weights = [tuple(p.shape) for p in model.model.layers.parameters() if p.dim() > 1]
+    shapes = {*weights, *(shape[::-1] for shape in weights)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) in shapes and tensor.dtype is torch.bfloat16:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        found = token_loss(model, batch)
+    shape = sparsity_of(model).shape
+    assert sum(kept.values()) == 2 * shape.num_layers * shape.layer_parameters
+    whole, none = (
+        activations(prepared, asdict(shape), precision="bf16", sharding=how)
+        for how in ("none", "fsdp")
+    )
+    assert whole - none == 2 * shape.num_layers * shape.layer_parameters
+    assert found.labels
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_pairs_that_capped_attention_keeps_are_counted(
     prepared: dict[str, Any], precision: str

@@ -269,6 +269,12 @@ def test_experts_multiply_in_half_precision_too(tmp_path: Path) -> None:
     with Watch():
         run(tmp_path, "experts", {"max_steps": 4, "precision": "bf16"})
     assert seen == {(torch.bfloat16, torch.bfloat16)}
+    tokens, experts = torch.ones(4, 32), torch.ones(2, 32, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        ends = torch.tensor([2, 4], dtype=torch.int32)
+        # What compiled layers multiply with.
+        made = torch.ops.transformers.grouped_mm_fallback(tokens, experts, ends)
+    assert made.dtype is torch.bfloat16
 
 
 class TensorRate(torch.optim.AdamW):
