@@ -90,6 +90,9 @@ class FileValidation(BaseModel):
         shared = found.get("overlap_rows")
         # Of a file that no worker could judge, its own report holds the reason.
         error = chore.error if chore else file.report.get("error")
+        if not chore and not error and file.report.get("status") == "failed":
+            # An earlier release kept the words alone.
+            error = {"code": "internal_error", "message": str(file.report.get("summary"))}
         # The worker's report uses the same names; its `format` is that of the report itself.
         extra = {name: found[name] for name in cls.model_fields if name in found}
         if count:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import openai
 import pytest
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, event, select
 
 from api.datasets import MOST_TRIES
 from api.drafts import PIECE_BYTES
 from jobs import chores
 from jobs.errors import StoreUnavailable
+from jobs.models import FileRow
 from worker.chores import ChoreRunner
 from worker.janitor import Janitor
 from worker.kinds import KINDS
@@ -365,3 +366,9 @@ def test_a_verdict_of_long_ago_still_stands(client, services, unread, monkeypatc
     report = client.get(f"{unread}/validation")
     assert (report.json()["status"], report.json()["error"]) == ("failed", error)
     assert "retry-after" not in report.headers
+    # As an earlier release kept it, without the error itself.
+    with services.store.writing() as session:
+        row = session.scalars(select(FileRow)).one()
+        row.report = {"status": "failed", "summary": "MemoryError"}
+    older = client.get(f"{unread}/validation").json()
+    assert (older["status"], older["error"]["message"]) == ("failed", "MemoryError")

@@ -58,7 +58,9 @@
     if (question && !window.confirm(question)) event.preventDefault();
   });
 
-  new MutationObserver(localTimes).observe(document.body, { childList: true, subtree: true });
+  /* Attributes too: what renews a part of the page takes those that it did not write. */
+  const changes = { childList: true, subtree: true, attributeFilter: ["title"] };
+  new MutationObserver(localTimes).observe(document.body, changes);
   localTimes();
   setTimeout(tick, 1500);
 })();
