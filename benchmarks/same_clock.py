@@ -5,13 +5,13 @@
 
 Every arm gets the seconds that dense training needs for its steps, and as many steps of its own as fit into them, its
 whole schedule fitted to that number. How many fit is found first, with all arms advancing alternately, step by step, over
-a whole schedule: losses do not depend on how busy the machine is, seconds do, so the two are measured apart. Learning
-rates are searched for each arm, by doubling and halving until it gets worse, on the first seed.
+a whole schedule, each in a process of its own: losses do not depend on how busy the machine is, seconds do, so the two are
+measured apart. Learning rates are searched for each arm, by doubling and halving until it gets worse, on the first seed.
 
-Two base models: the demo's, first trained here on one half of the documentation of Python's standard library, and, where
-`--data` holds it, karpathy's stories260K. Three tasks each: text near what the base knows (the other half), text far from it,
-and instruction tuning over several epochs. Rows are appended to the JSON Lines file as they come, and what is there is
-not run again.
+Three base models: the demo's, first trained here on one half of the documentation of Python's standard library; where
+`--data` holds what they need, karpathy's stories260K, and a wide one, first trained here on stories and one half of some
+novels. Three tasks each: text near what the base knows (the other half), text far from it, and instruction tuning
+over several epochs. Rows are appended to the JSON Lines file as they come, and what is there is not run again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,26 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.arms import UNGUARDED, SatuneArm, in_turn, prepared, quietly
+from benchmarks.arms import (
+    UNGUARDED,
+    SatuneApart,
+    SatuneArm,
+    Shape,
+    Turn,
+    in_turn,
+    prepared,
+    quietly,
+    random_llama,
+    serve,
+)
 from benchmarks.report import write
 from benchmarks.same_clock_rows import DENSE_NAME, DENSE_STEPS, SEEDS, Results, figures, plot, table
 from cli.demo_material import make
@@ -34,6 +47,7 @@ from sat_core.plan.config import TrainConfig
 FIRST_RATE = 2e-3
 LORA_RANKS = (8, 32)
 BASE_STEPS = 1000
+WIDE = Shape(hidden=512, intermediate=2048, layers=4, heads=8, kv_heads=4)
 CURVE_POINTS = 8
 
 
@@ -73,10 +87,10 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Task:
-    """A base model and what it is trained on; `steps` are dense training's."""
+    """A base model, made where it is first asked for, and what it is trained on; `steps` are dense training's."""
 
     name: str
-    model: Path
+    base: Callable[[], Path]
     training: Path
     held_out: Path | None
     steps: int = DENSE_STEPS
@@ -87,7 +101,7 @@ class Task:
         train = {"max_steps": steps, "learning_rate": rate, "max_seq_len": 128}
         return prepared(
             work,
-            model=self.model,
+            model=self.base(),
             training=self.training,
             validation=self.held_out,
             seed=seed,
@@ -101,23 +115,29 @@ class Task:
         )
 
 
+def satune(pipe: Connection, config: TrainConfig, work: Path, threads: int) -> None:
+    """The process of an arm whose clock is taken."""
+    torch.set_num_threads(threads)
+    serve(Turn(pipe), SatuneArm("Satune", config, work))
+
+
 def clock(task: Task, ways: list[Way], work: Path, results: Results) -> dict[str, int]:
     """Steps of each arm that take as long as all of dense training's, measured beside it, which a later arm's clock is too."""
     measured = {r["arm"] for r in results.find(kind="clock", task=task.name)}
     if missing := [way for way in ways if way.name not in measured]:
         arms = [
-            SatuneArm(
+            SatuneApart(
                 way.name,
+                satune,
                 task.config(way, steps=task.steps, rate=FIRST_RATE, seed=0, work=work, curve=0),
                 work,
+                torch.get_num_threads(),
             )
             for way in (DENSE, *(way for way in missing if way != DENSE))
         ]
-        try:
-            seconds = in_turn(arms, task.steps)
-        finally:
-            for arm in arms:
-                arm.close()
+        seconds = in_turn(arms, task.steps)
+        for arm in arms:
+            arm.close()
         # The first step of an arm pays for warming up.
         sums = {name: sum(taken[1:]) for name, taken in seconds.items()}
         for way in missing:
@@ -207,44 +227,64 @@ def run(args: argparse.Namespace) -> None:
 
 
 def tasks(data: Path, work: Path) -> list[Task]:
-    """The demo's three tasks, and those of the real small model where it is."""
+    """The demo's three tasks, and those of the real small model and of the wide one where their material is."""
     material = make(work)
-    base, other_half = demo_base(work)
+    demo = work / "models" / material.model.removeprefix("local/")
+    half, other_half = halves(material.documents[0].read_text().splitlines(), work, "documents")
+
+    def demo_base() -> Path:
+        return trained("demo-trained-on-half", demo, half, material.documents[1], work)
+
     found = [
-        Task("demo/near", base, other_half, material.documents[1]),
-        Task("demo/far", base, *material.sources),
-        Task("demo/instruct", base, *material.questions),
+        Task("demo/near", demo_base, other_half, material.documents[1]),
+        Task("demo/far", demo_base, *material.sources),
+        Task("demo/instruct", demo_base, *material.questions),
     ]
+    texts, rows = data / "datasets" / "pretrain", data / "datasets" / "instruct"
     stories = data / "models" / "stories260k-llama"
     if not stories.exists():
         print(f"{stories} is not there: only the demo's model is trained")
         return found
-    texts, rows = data / "datasets" / "pretrain", data / "datasets" / "instruct"
+    novels = (texts / "public_domain_books.jsonl").read_text().splitlines()
+    half_novels, other_novels = halves(novels, work, "novels")
+    tales = (texts / "tinystories_train.txt").read_text().split("<|endoftext|>")
+    rows_of_tales = "".join(json.dumps({"text": t}) + "\n" for t in tales if t.strip())
+    prose = work / "prose.jsonl"
+    prose.write_text(half_novels.read_text() + rows_of_tales)
+
+    def wide_base() -> Path:
+        return trained("wide-trained-on-prose", random_llama(WIDE, work), prose, None, work)
+
     return [
         *found,
-        Task("stories/near", stories, texts / "tinystories_train.txt", None),
-        Task("stories/far", stories, texts / "tinyshakespeare.txt", None),
-        Task("stories/instruct", stories, rows / "gsm8k_train_512_messages.jsonl", None),
+        Task("stories/near", lambda: stories, texts / "tinystories_train.txt", None),
+        Task("stories/far", lambda: stories, texts / "tinyshakespeare.txt", None),
+        Task("stories/instruct", lambda: stories, rows / "gsm8k_train_512_messages.jsonl", None),
+        Task("wide/near", wide_base, other_novels, None),
+        Task("wide/far", wide_base, *material.sources),
+        Task("wide/instruct", wide_base, *material.questions),
     ]
 
 
-def demo_base(work: Path) -> tuple[Path, Path]:
-    """The demo's model after training on one half of the documentation, and the other half."""
-    material = make(work)
-    rows = material.documents[0].read_text().splitlines(keepends=True)
-    halves = [work / f"documents-{i}.jsonl" for i in (0, 1)]
-    for i, half in enumerate(halves):
-        half.write_text("".join(rows[i::2]))
-    trained = work / "demo-trained-on-half"
-    if not trained.exists():
-        start = work / "models" / material.model.removeprefix("local/")
-        task = Task("base", start, halves[0], material.documents[1])
+def halves(rows: list[str], work: Path, name: str) -> tuple[Path, Path]:
+    """Files of every other row."""
+    paths = (work / f"{name}-0.jsonl", work / f"{name}-1.jsonl")
+    for i, path in enumerate(paths):
+        path.write_text("".join(row + "\n" for row in rows[i::2]))
+    return paths
+
+
+def trained(name: str, start: Path, text: Path, held_out: Path | None, work: Path) -> Path:
+    """A model folder, `start` trained dense on a text; made once."""
+    made = work / name
+    if not made.exists():
+        task = Task(name, lambda: start, text, held_out)
         folder = Path(tempfile.mkdtemp(dir=work, prefix="base-"))
         config = task.config(DENSE, steps=BASE_STEPS, rate=FIRST_RATE, seed=0, work=work)
         (folder / "config.json").write_text(json.dumps(config.to_dict()))
         quietly("train", folder)
-        (folder / "model").rename(trained)
-    return trained, halves[1]
+        (folder / "model").rename(made)
+    return made
 
 
 def main() -> None:
