@@ -64,7 +64,10 @@ def add_event(
 def apply(
     session: Session, job: JobRow, attempt: int, run: str, events: list[dict[str, Any]]
 ) -> None:
-    """Write `events` of the run folder `run` (relative to the data folder) to their tables, in order."""
+    """Write `events` of the run folder `run` (relative to the data folder) to their tables, in order.
+
+    What an earlier attempt tells late is history; how the job stands now is not its to say.
+    """
     steps = [e for e in events if e["kind"] == "metrics"]
     for event in events:
         handler = _HANDLERS.get(event["kind"])
@@ -73,7 +76,8 @@ def apply(
     if steps:
         _upsert(session, job.id, attempt, steps, _STEP_COLUMNS)
         summarise(session, job.id, (event["step"] for event in steps))
-        _progress(job, steps)
+        if attempt == job.attempt:
+            _progress(job, steps)
 
 
 def _progress(job: JobRow, steps: list[dict[str, Any]]) -> None:
@@ -90,11 +94,12 @@ def _progress(job: JobRow, steps: list[dict[str, Any]]) -> None:
 
 
 def _state(session: Session, job: JobRow, attempt: int, run: str, event: dict[str, Any]) -> None:
-    job.detail_state, job.detail_message, job.detail_since = (
-        event["state"],
-        event["message"],
-        event["time"],
-    )
+    if attempt == job.attempt:
+        job.detail_state, job.detail_message, job.detail_since = (
+            event["state"],
+            event["message"],
+            event["time"],
+        )
     add_event(
         session, job.id, event["message"], data={"state": event["state"]}, created_at=event["time"]
     )
@@ -114,7 +119,8 @@ def _message(session: Session, job: JobRow, attempt: int, run: str, event: dict[
 
 
 def _reading(session: Session, job: JobRow, attempt: int, run: str, event: dict[str, Any]) -> None:
-    job.detail_message = f"{event['done']:,} {event['unit']} done"
+    if attempt == job.attempt:
+        job.detail_message = f"{event['done']:,} {event['unit']} done"
 
 
 def _evaluation(

@@ -335,8 +335,13 @@ def test_what_an_older_attempt_tells_late_takes_nothing_from_a_newer_one(store: 
     store.release(older, "x")
     newer = claimed(store, Stage.TRAIN)
     store.record(newer, [saved(6)], run="r/3", read_position=1)
-    late = [saved(6), saved(9), {**saved(6), "kind": "checkpoint_deleted"}]
+    now = store.get_job("default", job.id)
+    late = [saved(6), saved(9), {**saved(6), "kind": "checkpoint_deleted"}, step(7)]
+    late += [{"seq": 9, "time": 1.0, "kind": "state", "state": "saving", "message": "Writing"}]
     store.record(newer, late, run="r/2", read_position=1, attempt=older.attempt)
+    then = store.get_job("default", job.id)
+    assert (then.progress_step, then.detail_state) == (now.progress_step, now.detail_state)
+    assert len(store.metrics("default", job.id)[1]) == 1, "it is history all the same"
     found = [(c.step, c.attempt) for c in store.checkpoints("default", job.id).items]
     assert found == [(9, older.attempt), (6, newer.attempt)]
 
