@@ -144,30 +144,23 @@ class Store(
                 f"Worker {worker_id} starts to {stage}",
             )
             session.flush()
-            earlier = (
-                AttemptRow.job_id == row.id,
-                AttemptRow.stage == stage,
-                AttemptRow.attempt < row.attempt,
-            )
-            spent, lacks = session.execute(
-                select(
-                    func.sum(AttemptRow.ended_at - AttemptRow.started_at),
-                    func.count().filter(AttemptRow.outcome == LACKED_MEMORY),
-                ).where(*earlier)
-            ).one()
-            read = (
-                select(AttemptRow.attempt, AttemptRow.read_position)
-                .where(*earlier)
+            earlier = session.scalars(
+                select(AttemptRow)
+                .where(
+                    AttemptRow.job_id == row.id,
+                    AttemptRow.stage == stage,
+                    AttemptRow.attempt < row.attempt,
+                )
                 .order_by(AttemptRow.attempt)
-            )
+            ).all()
             return Claim(
                 job=job_record(row),
                 attempt=row.attempt,
                 stage=stage,
                 worker_id=worker_id,
-                read=dict(session.execute(read).all()),
-                seconds=spent or 0.0,
-                memory_lacks=lacks,
+                read={a.attempt: a.read_position for a in earlier},
+                seconds=sum(a.ended_at - a.started_at for a in earlier if a.ended_at is not None),
+                memory_lacks=sum(a.outcome == LACKED_MEMORY for a in earlier),
             )
 
     def heartbeat(self, claim: Claim) -> Desired:

@@ -61,16 +61,14 @@ def _activations(config: TrainConfig, width: int, *, gpu: bool) -> int:
     value = 2 if half else FP32
     pairs = PAIR_BYTES.get(shape.model_type, 0) * shape.num_heads * width
     layer = value * (KEPT_HIDDEN * shape.hidden + heads + mlp) + pairs
-    layers = shape.num_layers * layer
-    # Autocast's copy of each weight stays until its backward; of layers that ranks share there is none.
-    copies = shape.num_layers * shape.layer_parameters * value
+    kept = tokens * layer
+    if half and config.sharding != "fsdp":
+        # Autocast's copy of each weight stays until its backward; of layers that ranks share there is none.
+        kept += value * shape.layer_parameters
+    layers = shape.num_layers * kept
     if config.gradient_checkpointing:
-        layers = value * shape.num_layers * shape.hidden + layer
-        copies = shape.layer_parameters * value
-    if not half or config.sharding == "fsdp":
-        copies = 0
-    logits = LOGIT_COPIES * FP32 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
-    return tokens * layers + copies + logits
+        layers = tokens * value * shape.num_layers * shape.hidden + kept
+    return layers + LOGIT_COPIES * FP32 * min(tokens * shape.vocab, CHUNK_ELEMENTS)
 
 
 def _adapter_parameters(shape: ModelShape, rank: int) -> int:

@@ -24,6 +24,7 @@ from jobs.spec import Claim, NewFile, NewJob
 from jobs.states import Stage
 from jobs.store import Store
 from sat_core.plan.request import RunRequest
+from tests.jobs.test_store import saved
 from tests.service import eventually
 from worker.kinds import KINDS
 from worker.runner import Runner
@@ -234,12 +235,7 @@ def test_what_was_told_after_a_worker_was_lost_is_caught_up_with(
     claim = claim_for(store, quick, "succeed")
     artifacts = Artifacts.from_settings(quick)
     folder = artifacts.run(claim.job_id, claim.attempt)
-    kinds = [("checkpoint", 3), ("checkpoint", 6), ("checkpoint_deleted", 3), ("checkpoint", 9)]
-    events = [
-        {"seq": n, "time": 1.0, "kind": kind, "step": step, "path": f"checkpoints/step-{step}"}
-        | {"size_bytes": 1, "metrics": {}}
-        for n, (kind, step) in enumerate(kinds)
-    ]
+    events = [saved(3), saved(6), {**saved(3), "kind": "checkpoint_deleted"}, saved(9)]
     lines = [json.dumps(event) + "\n" for event in events]
     for step in (6, 9):
         (folder / f"checkpoints/step-{step}").mkdir(parents=True)
@@ -323,9 +319,7 @@ def test_what_earlier_attempts_saved_goes_when_newer_checkpoints_are_there(
     folder = artifacts.run(claim.job_id, claim.attempt)
     for name in ("step-3", ".step-4-77"):
         (folder / "checkpoints" / name).mkdir(parents=True)
-    told = {"seq": 1, "time": 1.0, "kind": "checkpoint", "step": 3, "path": "checkpoints/step-3"}
-    told |= {"size_bytes": 1, "metrics": {}}
-    store.record(claim, [told], run=artifacts.relative(folder), read_position=1)
+    store.record(claim, [saved(3)], run=artifacts.relative(folder), read_position=1)
     store.release(claim, "stopped")
     again = store.claim("w", Stage.TRAIN)
     assert again is not None
@@ -372,16 +366,15 @@ def test_a_checkpoint_that_was_pinned_since_is_found_where_it_lies(
     store: Store, quick: Settings
 ) -> None:
     claim = claim_for(store, quick, "succeed", model_path="/gone")
-    told = {"seq": 1, "time": 1.0, "kind": "checkpoint", "step": 3, "path": "checkpoints/step-3"}
-    store.record(claim, [told | {"size_bytes": 1, "metrics": {}}], run="r/2", read_position=1)
+    store.record(claim, [saved(3)], run="r/2", read_position=1)
     name = checkpoint_name(claim.job, 3)
     store.create_job("default", NewJob(request=RUN, model=name, training_file="file-1"))
     prepare = store.claim("w", Stage.PREPARE)
     assert prepare is not None
     config = {**CONFIG, "behaviour": "succeed", "model_path": str(quick.data_dir / "r/2")}
     store.finish_prepare(prepare, {**PREPARED, "config": config})
-    (saved,) = store.checkpoints("default", claim.job_id).items
-    store.pin_checkpoint("default", saved, "pinned/j/c/step-3")
+    (found,) = store.checkpoints("default", claim.job_id).items
+    store.pin_checkpoint("default", found, "pinned/j/c/step-3")
     train = store.claim("w", Stage.TRAIN)
     assert train is not None
     run(store, quick, train)
