@@ -35,6 +35,7 @@ class Parallel:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if self.device != "cpu" else "gloo")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.wait()  # a rank that refuses the run and is gone while others still connect breaks them
 
     @property
     def first(self) -> bool:
