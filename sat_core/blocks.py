@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sat_core.plan.errors import ModelError
 from sat_core.plan.families import Family, ModelShape, Slice, family_of, shape_of
 from sat_core.plan.resolve import refuse_impossible
 from sat_core.slicing import SlicedBlock, SlicedParameter, follow
@@ -39,11 +40,17 @@ class Anatomy:
         """Of a stock causal LM, or of a peft model around one.
 
         Raises:
-            ModelError: for a family that is not supported.
+            ModelError: for a family that is not supported, or what is no causal LM.
             ConfigError: for what the model cannot do.
         """
-        core: Any = model.get_base_model() if hasattr(model, "peft_config") else model
-        shape = shape_of(core.config.to_dict())
+        try:
+            core: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+            shape = shape_of(core.config.to_dict())
+            core.get_submodule(family_of(shape.model_type).layers)
+        except AttributeError as error:
+            raise ModelError(
+                f"model is a {type(model).__name__}; allowed is a causal LM, or peft's around one (of DataParallel its `module`)."
+            ) from error
         refuse_impossible(config, shape)
         names = {id(p): n for n, p in model.named_parameters()}
         return cls(core, shape, family_of(shape.model_type), config, names)

@@ -10,6 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from sat_core.plan.config import SatConfig
@@ -35,7 +36,7 @@ class SatCallback(TrainerCallback):
     has begun.
     """
 
-    def __init__(self, config: SatConfig, probe_inputs: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: SatConfig, probe_inputs: Mapping[str, Any]) -> None:
         self.config, self.probe_inputs = config, probe_inputs
         self.sparsity: Sparsity | None = None
         self._asleep_soon: list[tuple[SlicedBlock, torch.Tensor]] = []
@@ -62,7 +63,7 @@ class SatCallback(TrainerCallback):
             kwargs["model"], getattr(optimizer, "optimizer", optimizer), config
         )
         device = kwargs["model"].device
-        self.probe_inputs = {k: v.to(device) for k, v in self.probe_inputs.items()}
+        self.probe_inputs = send_to_device(self.probe_inputs, device)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

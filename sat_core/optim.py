@@ -54,6 +54,23 @@ def build_optimizer(
     return optimizer
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse one that does not train the model, or whose state cannot follow units.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    stateless = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in groups)
+    if any(g.get("amsgrad") or "betas" not in g for g in groups) and not stateless:
+        raise ConfigError(
+            f"optimizer is {kind}; allowed is AdamW or Adam without amsgrad, whose moments can follow their units."
+        )
+    held = {id(p) for g in groups for p in g["params"]}
+    if held.isdisjoint(id(p) for p in model.parameters() if p.requires_grad):
+        raise ConfigError(f"optimizer, {kind}, holds no trainable parameter of this model.")
+
+
 def clip(parameters: list[nn.Parameter], limit: float, norm: torch.Tensor) -> float:
     """Scale gradients whose norm is `norm` down to `limit`; the norm as a number.
 

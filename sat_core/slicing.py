@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_core.optim import plain, store
-from sat_core.plan.errors import PlanError, is_out_of_memory
+from sat_core.plan.errors import ModelError, PlanError, is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,6 +152,13 @@ class SlicedBlock:
     _narrow: list[Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        for part in self.parts:
+            rows = part.parameter.shape[part.dim]
+            full = sum(part.segments) * part.num_units // part.experts
+            if rows != full:
+                raise ModelError(
+                    f"{part.name} has {rows} rows, {full} by its config: narrow since an earlier sparsify, whose wake_all() widens it."
+                )
         device = self.parts[0].parameter.device
         self.awake_K = torch.arange(self.num_units, device=device)
         self.trained_U = torch.zeros(self.num_units, dtype=torch.bool, device=device)
@@ -290,7 +297,7 @@ class SlicedBlock:
             )
         if self._narrow is not None or any(part.parameter.grad is not None for part in self.parts):
             raise RuntimeError(
-                "refresh between optimizer steps only: a gradient exists or a probe is running"
+                "refresh between optimizer steps only, once a step and after zero_grad: a gradient exists or a probe is running"
             )
 
     def _waiting(self, rows: Tensor) -> Tensor:

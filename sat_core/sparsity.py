@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from sat_core import importance
 from sat_core.allotment import Curve
 from sat_core.blocks import Anatomy, attention_block, mlp_block
+from sat_core.optim import check_optimizer
 from sat_core.parallel import Parallel
 from sat_core.pieces import out_rows, probe_grid, weight_score
 from sat_core.plan.accounting import Widths, unit_cost
 from sat_core.plan.config import GRADIENT_METRICS, SatConfig
-from sat_core.plan.errors import ConfigError
 from sat_core.plan.quote import probe_passes
 from sat_core.plan.schedule import CPU_WIDTH_MULTIPLE, GPU_WIDTH_MULTIPLE
 from sat_core.probe import Inputs, Probe, Seen
@@ -70,8 +70,8 @@ def sparsify(
     `optimizer` is an AdamW over its parameters, whose moments will follow their units.
 
     Raises:
-        ModelError: for a family that is not supported.
-        ConfigError: for what the model cannot do, or an optimizer with amsgrad.
+        ModelError: for a family that is not supported, or a model that is narrow already.
+        ConfigError: for what the model cannot do, or an optimizer whose state cannot follow its units.
     """
     return Sparsity(model, optimizer, config or SatConfig(total_steps=1))
 
@@ -88,8 +88,8 @@ class Sparsity:
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.parallel = parallel or Parallel()
-        if optimizer is not None and any(g.get("amsgrad") for g in optimizer.param_groups):
-            raise ConfigError("amsgrad is not supported: its maxima would not follow their units.")
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
         self.anatomy = Anatomy.of(model, config)
         self.core, self.shape = self.anatomy.core, self.anatomy.shape
         self.family: Family = self.anatomy.family
@@ -149,6 +149,7 @@ class Sparsity:
             inputs: a training micro-batch for the probe, a `Batch` or the model's own keyword arguments.
 
         Raises:
+            ConfigError: for a step outside the run.
             RuntimeError: while a gradient exists.
         """
         phase = self.config.ladder.phase_at(step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import operator
 import types
 import typing
@@ -33,6 +34,11 @@ def setting(default: Any, doc: str, **limits: Any) -> Any:
     return field(default=default, metadata={"doc": doc, **limits})
 
 
+def limited(default: Any = dataclasses.MISSING, **limits: Any) -> Any:
+    """A field with limits, documented by its class; without a default it must be given."""
+    return field(default=default, metadata=limits)
+
+
 def build(cls: type, value: Any, path: str) -> Any:
     """`cls` from the JSON object `value` found at `path`; None is all defaults.
 
@@ -41,14 +47,18 @@ def build(cls: type, value: Any, path: str) -> Any:
     """
     if value is None:
         return cls()
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    refuse_unknown(value, tuple(fields), path)
-    hints = typing.get_type_hints(cls)
-    checked = {
-        name: _check(hints[name], item, f"{path}.{name}", fields[name])
-        for name, item in value.items()
-    }
-    return cls(**checked)
+    refuse_unknown(value, tuple(f.name for f in dataclasses.fields(cls)), path)
+    return cls(**checked(cls, value, f"{path}."))
+
+
+def checked(cls: type, values: typing.Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of fields of `cls`, each of its type and within its limits; `path` goes before the names in errors.
+
+    Raises:
+        ConfigError: naming the setting, what came and what is allowed.
+    """
+    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    return {n: _check(hints[n], v, path + n, fields[n]) for n, v in values.items()}
 
 
 def refuse_unknown(value: Any, known: tuple[str, ...], path: str) -> None:
@@ -80,7 +90,7 @@ def _check(hint: Any, value: Any, path: str, spec: dataclasses.Field[Any] | None
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
     if dataclasses.is_dataclass(hint):
         return build(typing.cast("type", hint), value, path)
-    if value is None and spec:
+    if value is None and spec and spec.default is not dataclasses.MISSING:
         return spec.default
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
@@ -108,7 +118,7 @@ def _number(
     hint: Any, value: Any, path: str, limits: typing.Mapping[str, Any], *, optional: bool
 ) -> int | float:
     kind = "an integer" if hint is int else "a number"
-    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    good = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
     if good and hint is int:
         good = float(value).is_integer()
     known = {name: limits[name] for name in _LIMITS if name in limits}

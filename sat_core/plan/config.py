@@ -7,10 +7,10 @@ part that is the method, is also what a researcher's own loop gives to `sparsify
 
 from __future__ import annotations
 
-import typing
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sat_core.plan.checking import checked, limited
 from sat_core.plan.errors import ConfigError
 from sat_core.plan.families import ModelShape
 from sat_core.plan.schedule import Ladder
@@ -37,6 +37,9 @@ Allotment = Literal["sensitivity", "exempt", "uniform"]
 LadderType = Literal["ladder", "linear", "cosine"]
 AttentionUnit = Literal["kv_group", "query_head"]
 AsleepOn = Literal["device", "host"]
+# What a setting may be, here and where a person asks for it (`plan.request`).
+RATE, SHARE = {"ge": 0, "lt": 1}, {"ge": 0, "le": 1}
+TEMPERATURE, RUNGS = {"gt": 0, "le": 1e6}, {"ge": 1, "le": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,48 +66,36 @@ class SatConfig:
         seed: of random scores and of sampling.
     """
 
-    total_steps: int
-    mlp_rate: float = 0.5
-    attention_rate: float = 0.0
+    total_steps: int = limited(ge=1)
+    mlp_rate: float = limited(0.5, **RATE)
+    attention_rate: float = limited(0.0, **RATE)
     pooled: bool = False
     schedule: LadderType = "ladder"
-    dense_start: float = 0.05
-    sparse_share: float = 0.7
-    rungs: int = 4
+    dense_start: float = limited(0.05, **SHARE)
+    sparse_share: float = limited(0.7, **SHARE)
+    rungs: int = limited(4, **RUNGS)
     allotment: Allotment = "sensitivity"
-    exempt_layers: int | None = None
+    exempt_layers: int | None = limited(None, ge=0)
     metric: Metric = "activation"
     selector: Selector = "top_k"
-    temperature: float = 1.0
-    explore: float = 0.3
-    ema: float = 0.0
-    refresh_every: int = 0
+    temperature: float = limited(1.0, **TEMPERATURE)
+    explore: float = limited(0.3, **SHARE)
+    ema: float = limited(0.0, **RATE)
+    refresh_every: int = limited(0, ge=0)
     attention_unit: AttentionUnit = "kv_group"
     compensation: bool = False
     asleep_on: AsleepOn = "device"
-    max_gap: float = 0.05
-    multiple: int | None = None
+    max_gap: float = limited(0.05, ge=0)
+    multiple: int | None = limited(None, ge=1)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
-            value, choices = getattr(self, name), typing.get_args(hint)
-            if typing.get_origin(hint) is Literal and value not in choices:
-                raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(choices)}.", name)
-        for name in ("mlp_rate", "attention_rate", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; allowed is at least 0 and below 1.", name
-                )
+        for name, value in checked(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
         if self.pooled and self.allotment != "sensitivity":
             raise ConfigError(
                 f"pooled is true, which needs allotment 'sensitivity'; it is {self.allotment!r}.",
                 "pooled",
-            )
-        if self.total_steps < 1 or self.rungs < 1:
-            raise ConfigError(
-                f"total_steps is {self.total_steps} and rungs is {self.rungs}; both must be at least 1.",
-                "total_steps",
             )
 
     @property

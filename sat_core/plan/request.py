@@ -17,6 +17,10 @@ from typing import Any, Literal
 
 from sat_core.plan.checking import build, json_schema, plain, refuse_unknown, setting
 from sat_core.plan.config import (
+    RATE,
+    RUNGS,
+    SHARE,
+    TEMPERATURE,
     Allotment,
     AsleepOn,
     AttentionUnit,
@@ -35,15 +39,11 @@ DataFormat = Literal["auto", "text", "messages", "prompt_completion", "alpaca", 
 class OmissionRate:
     """Share of units left out, the mean over all layers of that kind of unit."""
 
-    mlp: float | None = setting(
-        None, "Share of MLP channels asleep; a warning above .75.", ge=0, lt=1
-    )
+    mlp: float | None = setting(None, "Share of MLP channels asleep; a warning above .75.", **RATE)
     attention: float | None = setting(
-        None, "Share of KV groups (attention heads) asleep; a warning above .25.", ge=0, lt=1
+        None, "Share of KV groups (attention heads) asleep; a warning above .25.", **RATE
     )
-    pooled: bool = setting(
-        False, "Spend both rates as one budget of FLOPs, on either kind wherever least is lost."
-    )
+    pooled: bool = setting(False, "Spend both as one budget of FLOPs, wherever least is lost.")
     attention_unit: AttentionUnit = setting(
         "kv_group", "What sleeps: whole KV groups, or equally many query heads of every group."
     )
@@ -53,17 +53,14 @@ class OmissionRate:
 class Schedule:
     """LORS, the ladder omission-rate scheduler: dense start, constant stage, rungs down to dense."""
 
-    type: LadderType = setting(
-        "ladder", "How the rate falls to dense: in equal rungs, or along a line or cosine of rungs."
-    )
-    dense_start: float = setting(0.05, "Share of all steps trained dense first.", ge=0, le=1)
+    type: LadderType = setting("ladder", "Fall to dense: equal rungs, or a line or cosine of them.")
+    dense_start: float = setting(0.05, "Share of all steps trained dense first.", **SHARE)
     sparse_share: float = setting(
         0.7,
         "Share of all steps after which the rungs begin; 1 leaves out the dense end.",
-        ge=0,
-        le=1,
+        **SHARE,
     )
-    rungs: int = setting(4, "Number of rungs; the last one is dense.", ge=1, le=64)
+    rungs: int = setting(4, "Number of rungs; the last one is dense.", **RUNGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +68,13 @@ class Importance:
     """How units are scored and how often they are chosen anew."""
 
     metric: Metric = setting("activation", "Formula of the score.")
-    refresh_every: int = setting(
-        0, "Steps between selections inside a rung; 0 chooses at rungs only.", ge=0
-    )
-    ema: float = setting(0.0, "Weight of the older scores at a refresh.", ge=0, lt=1)
-    selector: Selector = setting(
-        "top_k", "The best scores, a draw in proportion to them, or a mix of both."
-    )
+    refresh_every: int = setting(0, "Steps between choices in a rung; 0: at rungs only.", ge=0)
+    ema: float = setting(0.0, "Weight of the older scores at a refresh.", **RATE)
+    selector: Selector = setting("top_k", "The best scores, a draw by them, or a mix of both.")
     temperature: float = setting(
-        1.0, "Of the draw: near 0 is top-k, large is uniform.", gt=0, le=1e6
+        1.0, "Of the draw: near 0 is top-k, large is uniform.", **TEMPERATURE
     )
-    explore: float = setting(0.3, "Share of the awake units that `mixed` draws.", ge=0, le=1)
+    explore: float = setting(0.3, "Share of the awake units that `mixed` draws.", **SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +106,7 @@ class Train:
     max_steps: int | None = setting(None, "Optimizer steps, in place of n_epochs.", ge=1)
     micro_batch_size: int | None = setting(None, "Sequences in one forward pass.", ge=1)
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay.", ge=0, le=1)
-    max_grad_norm: float = setting(
-        1.0, "Gradients are clipped to this global norm; 0 is off.", ge=0
-    )
+    max_grad_norm: float = setting(1.0, "Global norm to clip gradients to; 0 is off.", ge=0)
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "bf16 is autocast over fp32 parameters."
     )
@@ -171,9 +162,7 @@ class Data:
 class Eval:
     """Held-out evaluation, always on the merged dense model."""
 
-    every: int | None = setting(
-        None, "Steps between evaluations; 0 is before and after only.", ge=0
-    )
+    every: int | None = setting(None, "Steps between evaluations; 0: before and after.", ge=0)
     prompts: tuple[str, ...] = setting(
         (), "Continued greedily before and after the run, as samples, within the model's context."
     )

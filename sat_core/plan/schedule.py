@@ -15,6 +15,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from sat_core.plan.errors import ConfigError
+
 # Awake MLP channels are rounded to what the hardware multiplies in one piece.
 GPU_WIDTH_MULTIPLE, CPU_WIDTH_MULTIPLE = 128, 8
 MAX_LAYER_RATE = 0.9375
@@ -87,7 +89,13 @@ class Ladder:
         return tuple(phases)
 
     def phase_at(self, step: int) -> Phase:
-        """The phase that holds 0-based `step`."""
+        """The phase that holds 0-based `step`.
+
+        Raises:
+            ConfigError: for a step outside the run.
+        """
+        if not 0 <= step < self.total_steps:
+            raise ConfigError(f"step is {step}; allowed is 0 to {self.total_steps - 1}.", "step")
         return next(p for p in self.phases() if p.first_step <= step <= p.last_step)
 
     @property

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from sat_core.callback import SatCallback
 from sat_core.plan.config import SatConfig
-from sat_core.plan.errors import ConfigError
+from sat_core.plan.errors import ConfigError, ModelError
+from sat_core.sparsity import sparsify
 from tests.sat_core.tiny import tiny_model, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -77,14 +78,15 @@ def test_the_trainer_of_the_documentation(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
-def test_the_sft_trainer_of_the_documentation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_sft_trainer_of_the_documentation(tmp_path: Path, packing: bool) -> None:
     from trl import SFTConfig
 
     write_model(tmp_path / "base")
     names = {
         "model": AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
         "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "base"),
-        "arguments": arguments_of(tmp_path, SFTConfig, bf16=False),
+        "arguments": arguments_of(tmp_path, SFTConfig, bf16=False, packing=packing, max_length=32),
         "rows": Dataset.from_list([{"text": "a b c d e f g h " * 2}] * 80),
         "folder": tmp_path / "model",
     }
@@ -130,6 +132,86 @@ def test_the_callback_refuses_to_be_one_of_several() -> None:
     callback = SatCallback(SatConfig(total_steps=1, mlp_rate=0.5), inputs(0))
     with pytest.raises(ConfigError, match="in one process, not in 2"):
         callback.on_train_begin(SimpleNamespace(world_size=2), None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (torch.nn.Linear(2, 2), "model is a Linear; allowed is a causal LM"),
+        (tiny_model().model, "model is a LlamaModel"),
+        (torch.nn.DataParallel(tiny_model()), "model is a DataParallel; .* `module`"),
+    ],
+)
+def test_what_is_no_causal_model_is_refused(model: torch.nn.Module, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        sparsify(model)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda own, _: torch.optim.AdamW(own, amsgrad=True), "optimizer is AdamW; .* without amsgrad"),
+        (lambda own, _: torch.optim.RMSprop(own), "optimizer is RMSprop; allowed is AdamW"),
+        (lambda own, _: torch.optim.SGD(own, lr=0.1, momentum=0.9), "optimizer is SGD"),
+        (lambda _, other: torch.optim.AdamW(other), "holds no trainable parameter of this model"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_that_units_cannot_take_along_is_refused(optimizer: Any, message: str) -> None:
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=message):
+        sparsify(model, optimizer(model.parameters(), tiny_model().parameters()))
+
+
+def test_plain_sgd_has_no_state_to_follow() -> None:
+    model = tiny_model()
+    sparsity = sparsify(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), SatConfig(total_steps=1)
+    )
+    sparsity.choose(0, inputs(0))
+    assert sparsity.realised_rates()[0] == pytest.approx(0.5)
+
+
+def test_a_narrow_model_is_not_taken_for_a_whole_one() -> None:
+    model = tiny_model()
+    sparsity = sparsify(model, config=SatConfig(total_steps=1))
+    sparsity.choose(0, inputs(0))
+    with pytest.raises(ModelError, match=r"gate_proj.weight has \d+ rows, 48 by its config"):
+        sparsify(model)
+    sparsity.wake_all()
+    sparsify(model)
+
+
+@pytest.mark.parametrize("step", [-1, 20])
+def test_a_step_outside_the_run_is_refused(step: int) -> None:
+    sparsity = sparsify(tiny_model(), config=SatConfig(total_steps=20))
+    with pytest.raises(ConfigError, match=f"step is {step}; allowed is 0 to 19"):
+        sparsity.begin_step(step, inputs(0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ({"sparse_share": 1.5}, "a number at least 0 and at most 1"),
+        ({"dense_start": -0.1}, "a number at least 0 and at most 1"),
+        ({"max_gap": -1.0}, "a number at least 0"),
+        ({"exempt_layers": -1}, "an integer at least 0"),
+        ({"mlp_rate": "0.5"}, "a number at least 0 and below 1"),
+        ({"total_steps": 20.5}, "an integer at least 1"),
+        ({"total_steps": None}, "an integer at least 1"),
+        ({"refresh_every": -1}, "an integer at least 0"),
+        ({"multiple": 0}, "an integer at least 1"),
+        ({"explore": 3}, "a number at least 0 and at most 1"),
+        ({"metric": "wandas"}, "Did you mean 'wanda'"),
+        ({"pooled": 1}, "true or false"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(setting: dict[str, Any], allowed: str) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(ConfigError) as refused:
+        SatConfig(**{"total_steps": 20, **setting})
+    assert str(refused.value).startswith(f"{name} is {value!r}; allowed")
+    assert allowed in str(refused.value)
+    assert refused.value.param == name
 
 
 def test_the_wheel_holds_the_core_alone(tmp_path: Path) -> None:
