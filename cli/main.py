@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import sys
 from typing import Annotated
@@ -45,7 +46,10 @@ def up(
     port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
 ) -> None:
     """Run the service on this machine, with nothing to install beside Python."""
-    with Service(data_dir, host=host, port=port, say=say) as service:
+    with (
+        Service(data_dir, host=host, port=port, say=say) as service,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         greet(service.start())
         service.watch()
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 
@@ -21,6 +22,9 @@ from jobs.settings import Settings
 from jobs.store import Store
 from tests.servers import postgresql, redis_server
 
+# An example that meets a busy moment of the machine is not a slow one.
+hypothesis.settings.register_profile("satune", deadline=None)
+hypothesis.settings.load_profile("satune")
 ROOT = Path(__file__).parents[1]
 _numbers = itertools.count()
 

@@ -16,7 +16,7 @@ import httpx
 import psutil
 
 from jobs.settings import Settings
-from tests.servers import free_port
+from tests.servers import alive, free_port
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-sat-for-tests"
@@ -71,7 +71,7 @@ class Worker:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
-        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in found if alive(p)]
 
     def kill(self) -> None:
         """As the kernel does it when memory is short."""

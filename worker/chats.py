@@ -122,6 +122,7 @@ class ChatRunner:
     def _leave(self, child: Child) -> None:
         """Tell nobody of it any more, then let it finish what it says, for a while."""
         self.store.delete_chore(self.claim.project, self.claim.id)
+        self._hear()
         until = time.monotonic() + self.settings.grace_seconds
         while self._listens and self._idle_since is None and time.monotonic() < until:
             if child.ended(POLL_SECONDS):
@@ -131,10 +132,10 @@ class ChatRunner:
     def _hear(self) -> None:
         events, position = self._tail.read()
         for event in events:
-            if event["kind"] == "listening":
-                self._publish(int(event["port"]))
             if event["kind"] in ("listening", "idle"):
                 self._idle_since = time.monotonic()
+            if event["kind"] == "listening":
+                self._publish(int(event["port"]))
             elif event["kind"] == "answering":
                 self._idle_since = None
             elif event["kind"] == "failed":

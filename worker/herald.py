@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 PROGRAM = (sys.executable, "-P", "-m", "worker.trackers")
 AT_ONCE = 16
 ROWS = 200
-LEAVING_SECONDS = 10.0
 # Less than the lease: whoever does not answer is ended before another may send.
 ANSWER_SECONDS = SENDING_SECONDS - 30
 HIDDEN = "***"
@@ -59,10 +58,10 @@ class Herald:
         if self.types:
             self._thread.start()
 
-    def stop(self) -> None:
-        """Wait a little for those that tell to leave in order; what they lack is told later."""
-        deadline = time.monotonic() + LEAVING_SECONDS
-        for thread in list(self._telling):
+    def stop(self, seconds: float) -> None:
+        """Wait so long for those that tell to leave in order; what they lack is told later."""
+        deadline = time.monotonic() + seconds
+        for thread in [t for t in (self._thread, *self._telling) if t.is_alive()]:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def round(self) -> None:

@@ -33,6 +33,8 @@ from worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
+# For what is under way when a worker ends.
+LEAVING_SECONDS = 10.0
 Work: TypeAlias = Runner | ChoreRunner | ChatRunner
 
 
@@ -73,24 +75,36 @@ class Host:
     def stop(self) -> None:
         """Ask every child for a checkpoint, give the jobs back, wait for that."""
         self.stopping.set()
-        for thread in list(self._runs):
+        with self._lock:  # what was being claimed has begun by now, and nothing is claimed any more
+            runs = list(self._runs)
+        for thread in runs:
             thread.join(self.settings.grace_seconds + 5)
-        self._herald.stop()
+        self._herald.stop(LEAVING_SECONDS)
+        self._postman.stop(LEAVING_SECONDS)
+        if self._clock.is_alive():
+            self._clock.join(LEAVING_SECONDS)
         self._quietly(lambda: self.store.forget_worker(self.id))
 
     def look(self) -> None:
         """Claim what waits, for as long as slots are free."""
         for stage in Stage:
-            while not self.stopping.is_set() and (slot := self.slots.take(stage)):
-                work = None
-                try:
-                    work = self._claim(slot)
-                finally:
-                    if work is None:
-                        self.slots.give(slot)
+            while self._take_up(stage):
+                pass
+
+    def _take_up(self, stage: Stage) -> bool:
+        """Claim one thing that waits, and begin it."""
+        with self._lock:
+            if self.stopping.is_set() or not (slot := self.slots.take(stage)):
+                return False
+            work = None
+            try:
+                work = self._claim(slot)
+            finally:
                 if work is None:
-                    break
+                    self.slots.give(slot)
+            if work is not None:
                 self._launch(work, slot)
+            return work is not None
 
     def _claim(self, slot: Slot) -> Work | None:
         """Work for a slot. Jobs and chores share the CPU slots by turns, so that neither starves; chats come last."""
@@ -142,6 +156,7 @@ class Host:
             longest.leaving.set()
 
     def _launch(self, work: Work, slot: Slot) -> None:
+        """Begin; the lock is held."""
         name = work.folder.parent.name
 
         def attend() -> None:
@@ -157,8 +172,7 @@ class Host:
             self.look()
 
         thread = threading.Thread(target=attend, name=name, daemon=True)
-        with self._lock:
-            self._runs[thread] = work
+        self._runs[thread] = work
         thread.start()
 
     def _tick(self) -> None:

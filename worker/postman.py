@@ -38,6 +38,11 @@ class Postman:
         """Begin."""
         self._thread.start()
 
+    def stop(self, seconds: float) -> None:
+        """Wait so long for the round that is under way."""
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
     def round(self) -> int:
         """Send what is due now; how many were tried."""
         if not self.store.any_due_delivery():

@@ -19,6 +19,7 @@ from jobs.settings import Settings
 from jobs.store import Store
 from tests.cli.running import satune
 from tests.sat_core.tiny import write_model, write_text
+from tests.servers import alive, command_of
 from tests.service import KEY, Worker, api, eventually
 
 HELLO: Any = [{"role": "user", "content": "a b"}]
@@ -36,7 +37,7 @@ class Running:
         self.store = Store(make_engine(settings))
 
     def chats(self) -> list[psutil.Process]:
-        return [p for p in self.worker.children() if "chat" in p.cmdline()]
+        return [p for p in self.worker.children() if "chat" in command_of(p)]
 
     def close(self) -> None:
         self.sdk.close()
@@ -135,7 +136,7 @@ def test_a_job_takes_the_slot_and_its_result_answers_after(running: Running) -> 
     )
     status = lambda: running.sdk.fine_tuning.jobs.retrieve(job.id).status  # noqa: E731
     eventually(lambda: status() == "running", seconds=90)
-    assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
+    assert not alive(first)
     with pytest.raises(openai.InternalServerError, match="1 of 1 slots train") as busy:
         quick.chat.completions.create(model="local/tiny", messages=HELLO)
     assert (busy.value.status_code, busy.value.code) == (503, "gpu_busy")
@@ -188,7 +189,7 @@ def test_a_killed_worker_takes_its_chats_and_another_one_answers(running: Runnin
     ask(running)
     (child,) = running.chats()
     running.worker.kill()
-    eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, seconds=5)
+    eventually(lambda: not alive(child), seconds=30)
     running.worker = Worker(running.settings)
     eventually(lambda: len(running.store.workers()) == 2, seconds=60)
     assert ask(running).choices[0].message.content

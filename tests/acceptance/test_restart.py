@@ -42,7 +42,7 @@ def test_a_job_goes_on_after_the_service_was_ended(tmp_path: Path):
         )
         assert made.returncode == 0, made.stderr
         job = f"/v1/fine_tuning/jobs/{json.loads(made.stdout)['id']}"
-        until(lambda: ((ask(service, job)["progress"] or {}).get("step") or 0) >= 20)
+        until(lambda: ((ask(service, job)["progress"] or {}).get("step") or 0) >= 3)
         service.process.terminate()
         assert service.process.wait(60) == 0
     with up(data_dir) as service:

@@ -154,7 +154,7 @@ def test_an_answer_ends_with_the_key_that_asked_for_it(client, services, monkeyp
 
 def test_an_address_that_is_another_ones_by_now_is_asked_for_again(client, services, monkeypatch):
     """The row of a model that is gone stays for a lease; whoever listens at its port knows no such token."""
-    monkeypatch.setattr("api.chats.LOADING_SECONDS", 1.0)
+    monkeypatch.setattr("api.chats.LOADING_SECONDS", 3.0)
     params = {"model_version": model_version(services, "local/tiny")}
     services.store.ask_chore("default", CHAT, "local/tiny", params)
     claim = services.store.claim_chore("w", chat=True)

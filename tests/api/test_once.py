@@ -90,8 +90,8 @@ def open_attempt(services, body: dict) -> str:
 def test_a_duplicate_waits_for_the_first(client, services, bodies):
     token = open_attempt(services, bodies[JOBS]["json"])
     timer = threading.Timer(0.5, services.store.close_receipt, (token, 500))
-    timer.start()
     begun = time.monotonic()
+    timer.start()
     answer = client.post(JOBS, headers={"idempotency-key": "slow"}, **bodies[JOBS])
     assert answer.status_code == 200
     assert time.monotonic() - begun > 0.4

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from tests.servers import alive, command_of
+
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120
 
@@ -59,11 +61,10 @@ class Up:
         """The direct children by what they are."""
         found = {}
         for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                line = " ".join(child.cmdline())
-                for name, mark in (("api", "uvicorn"), ("worker", "celery"), ("broker", "broker")):
-                    if mark in line:
-                        found[name] = child
+            line = " ".join(command_of(child))
+            for name, mark in (("api", "uvicorn"), ("worker", "celery"), ("broker", "broker")):
+                if mark in line:
+                    found[name] = child
         return found
 
 
@@ -117,4 +118,4 @@ def until(happened: Callable[[], object]) -> None:
 
 def gone(processes: list[psutil.Process]) -> bool:
     """Whether none of them runs."""
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+    return not any(map(alive, processes))

@@ -88,7 +88,7 @@ def stopped_and_resumed(
     """A run of two that one SIGTERM to one rank stopped, and its end by `ranks` processes."""
     first = start(root / "1", prepared, **changes)
     pair = program(first)
-    wait_for_step(first, 7)
+    wait_for_step(first, 4)
     os.kill(pair.pids[1], signal.SIGTERM)
     assert pair.codes() == [10, 10]
     stopped = read_events(first)[-1]

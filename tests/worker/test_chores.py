@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from jobs.settings import Settings
 from jobs.spec import ChoreRecord
 from jobs.store import Store
+from tests.service import eventually
 from worker.child import Bounds
 from worker.chores import ChoreRunner
 from worker.kinds import KINDS, Kind
@@ -125,8 +125,7 @@ def test_a_forgotten_chore_takes_its_child_with_it(store: Store, quick: Settings
     thread = threading.Thread(target=work.run)
     thread.start()
     pid = work.folder / "pid"
-    while not (pid.exists() and pid.read_text()):
-        time.sleep(0.02)
+    eventually(lambda: pid.exists() and pid.read_text(), seconds=60)
     child = Path(f"/proc/{pid.read_text()}")
     assert child.exists()
     store.delete_chore("default", claim.id)

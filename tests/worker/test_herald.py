@@ -21,6 +21,7 @@ from jobs.states import Stage
 from jobs.store import Store
 from sat_core.plan.request import RunRequest
 from tests.api.finished import events
+from tests.servers import command_of
 from tests.service import eventually
 from worker.herald import Herald
 
@@ -133,7 +134,7 @@ def test_tensorboard_has_every_row_once_over_stops_and_kills(
     record(store, claim, 9, 14)
     second = Telling(quick, store)
     eventually(lambda: told(store, claim).step == 13, seconds=60)
-    senders = [p for p in psutil.Process().children() if "worker.trackers" in p.cmdline()]
+    senders = [p for p in psutil.Process().children() if "worker.trackers" in command_of(p)]
     for sender in senders:
         sender.kill()
     record(store, claim, 15, TOTAL)

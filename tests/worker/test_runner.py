@@ -184,8 +184,7 @@ def test_a_runner_that_lost_its_lease_kills_its_child_and_writes_nothing(
     thread = threading.Thread(target=run, args=(store, quick, claim))
     thread.start()
     log = quick.data_dir / "runs" / claim.job_id / str(claim.attempt) / "pid"
-    while not log.exists():
-        time.sleep(0.02)
+    eventually(log.exists, seconds=60)
     lease = store.leases()[0]
     while not store.expire(lease, max_failures=3, retry_seconds=0):
         lease = store.leases()[0]
