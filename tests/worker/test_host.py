@@ -72,7 +72,7 @@ def test_what_is_being_claimed_when_a_worker_ends_goes_back(store: Store, quick:
     looking.start()
     assert slow.claiming.wait(10)
     host.stop()
+    looking.join(10)
     assert store.leases() == []
     assert store.get_job("default", claim.job_id).failures == 0
-    looking.join(10)
     engine.dispose()
