@@ -30,6 +30,8 @@ SAME = (
 # How far one run may be off the next, several of the same from each other, and other shapes from this one.
 ONE_RUN, SEVERAL_RUNS, OTHER_SHAPES = 1.5, 1.15, 3.0
 MEMORY_MEASURED, MEMORY_ANALYTIC = (0.95, 1.05), (0.7, 1.5)
+# Fewer tell of the machine's moods rather than of sparse steps.
+SPARSE_STEPS = 10
 
 Span = tuple[float, float, float]
 
@@ -38,7 +40,7 @@ Span = tuple[float, float, float]
 class Rates:
     """Seconds per FLOP, and seconds that the beginning of a phase takes more than a step.
 
-    `sparse` is None where a run had no sparse step that could be told apart.
+    `sparse` is None where a run had too few sparse steps that could be told apart.
     """
 
     dense: float
@@ -131,7 +133,7 @@ def phase_speedups(phases: Sequence[dict[str, Any]], rates: Rates | None) -> lis
     return [
         None
         if _sparse(p) and rates.sparse is None
-        else p["dense_flops"] * rates.dense / _steady_seconds([p], rates)
+        else _bounded([p], p["dense_flops"] * rates.dense / _steady_seconds([p], rates))
         for p in phases
     ]
 
@@ -141,7 +143,13 @@ def whole_speedup(phases: Sequence[dict[str, Any]], rates: Rates | None) -> floa
     if None in phase_speedups(phases, rates) or rates is None:
         return None
     dense = float(sum(p["dense_flops"] for p in phases)) * rates.dense + rates.begin
-    return dense / _seconds(phases, rates)
+    return _bounded(phases, dense / _seconds(phases, rates))
+
+
+def _bounded(phases: Sequence[dict[str, Any]], speedup: float) -> float:
+    """At most what the FLOPs allow, whatever a few steps of a busy machine have told."""
+    dense, spent = (sum(p[name] for p in phases) for name in ("dense_flops", "flops"))
+    return min(speedup, float(dense / spent))
 
 
 def _same(prepared: dict[str, Any], runs: Sequence[PastRun]) -> list[PastRun]:
@@ -178,17 +186,30 @@ def _rates(run: PastRun) -> Rates:
     if not of_sparse:
         return Rates(dense=dense, sparse=None, begin=max(0.0, seconds - dense * of_dense))
     sparse = summary.get("sparse_seconds_per_flop")
-    if not (dense_run and sparse):
-        return Rates(dense=_overall(run), sparse=_overall(run))
+    if not (dense_run and sparse and _sparse_steps(run) >= SPARSE_STEPS):
+        return Rates(dense=_overall(run), sparse=None)
     once = seconds - dense * of_dense - sparse * of_sparse
     return Rates(dense=dense, sparse=sparse, begin=max(0.0, once) / len(run.quote["phases"]))
 
 
+def _sparse_steps(run: PastRun) -> float:
+    """Steps at its highest rates that its sparse ones come to; a guard may have ended them early."""
+    found = [0.0]
+    for kind in ("mlp", "attention"):
+        highest = max(phase[f"omission_rate_{kind}"] for phase in run.quote["phases"])
+        if highest:
+            mean = run.summary.get(f"mean_omission_rate_{kind}") or 0.0
+            found.append(run.summary["steps"] * mean / highest)
+    return max(found)
+
+
 def _typical(found: Sequence[Rates]) -> Rates:
-    sparse = [rates.sparse for rates in found if rates.sparse is not None]
+    """The middle of each; sparse beside dense as the same run had them, since the next one's machine may have been slower."""
+    dense = statistics.median(rates.dense for rates in found)
+    ratios = [rates.sparse / rates.dense for rates in found if rates.sparse is not None]
     return Rates(
-        dense=statistics.median(rates.dense for rates in found),
-        sparse=statistics.median(sparse) if sparse else None,
+        dense=dense,
+        sparse=dense * statistics.median(ratios) if ratios else None,
         begin=statistics.median(rates.begin for rates in found),
     )
 

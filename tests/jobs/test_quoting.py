@@ -38,6 +38,18 @@ def took(seconds: float) -> PastRun:
     return replace(RUN, summary=RUN.summary | {"training_seconds": seconds})
 
 
+def told(seconds: float, *, dense: float, sparse: float, steps: int = 10) -> PastRun:
+    """A run that measured a dense run's seconds, and those of a sparse FLOP by so many steps."""
+    measured = {
+        "training_seconds": seconds,
+        "dense_seconds_estimate": dense,
+        "sparse_seconds_per_flop": sparse,
+        "steps": 2 * steps,
+        "mean_omission_rate_mlp": 0.25,
+    }
+    return replace(RUN, summary=RUN.summary | measured)
+
+
 def test_nothing_known_is_no_time():
     assert timed(result(), []).seconds is None
     assert timed(result(), [replace(RUN, host="there")]).seconds is None
@@ -79,6 +91,23 @@ def test_a_speedup_is_said_only_where_both_rates_are_known():
     assert whole_speedup(PHASES, None) is None
 
 
+def test_no_speedup_is_said_above_the_bound_of_its_flops():
+    quick = Rates(dense=1.0, sparse=0.5)
+    assert phase_speedups(PHASES, quick) == pytest.approx([1.0, 100 / 60])
+    assert whole_speedup(PHASES, quick) == pytest.approx(200 / 160)
+
+
+def test_few_sparse_steps_tell_nothing_and_a_run_is_compared_with_itself():
+    guarded = told(16, dense=20.0, sparse=0.01, steps=9)
+    rates = timed(result(), [guarded]).rates
+    assert (rates, whole_speedup(PHASES, rates)) == (Rates(dense=0.1, sparse=None), None)
+    slow = told(34, dense=40.0, sparse=0.24)
+    fast = told(17, dense=20.0, sparse=0.12)
+    rates = timed(result(), [fast, slow, slow, guarded, guarded]).rates
+    assert rates is not None
+    assert (rates.dense, rates.sparse) == pytest.approx((0.1, 0.12))
+
+
 def test_a_measured_peak_replaces_the_counted_one():
     assert peak(result(), []) == (False, pytest.approx((350, 500, 750)))
     assert peak(result(), [RUN]) == (True, pytest.approx((950, 1000, 1050)))
@@ -86,8 +115,7 @@ def test_a_measured_peak_replaces_the_counted_one():
 
 
 def test_what_a_phase_costs_once_does_not_grow_with_its_length():
-    told = {"dense_seconds_estimate": 20.0, "sparse_seconds_per_flop": 0.11}
-    run = replace(RUN, summary=RUN.summary | {"training_seconds": 18.6} | told)
+    run = told(18.6, dense=20.0, sparse=0.11)
     # 100 FLOPs at .1, 60 at .11, and 2 s to begin two phases.
     assert timed(result(), [run]).seconds == pytest.approx((18.6 / 1.5, 18.6, 18.6 * 1.5))
     longer = [{**p, "flops": 10 * p["flops"], "dense_flops": 1000} for p in PHASES]
