@@ -43,7 +43,7 @@ def satune(
 def up(
     data_dir: DataDir = HERE,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
 ) -> None:
     """Run the service on this machine, with nothing to install beside Python."""
     with (
@@ -60,7 +60,10 @@ def demo(
     start: Annotated[
         bool, typer.Option("--up", help="Start the service first, if none runs.")
     ] = False,
-    port: Annotated[int, typer.Option(help="Port where --up starts one; 0 picks a free one.")] = 0,
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Port where --up starts one; 0 picks a free one."),
+    ] = 0,
 ) -> None:
     """Make a small model from Python's own documentation, and train it sparsely three times."""
     if not start:

@@ -91,7 +91,8 @@ class Service:
         # A second Ctrl-C must not leave half of it running.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.say("Stopping; running jobs write a checkpoint first")
+        if self._children:
+            self.say("Stopping; running jobs write a checkpoint first")
         self.stop()
 
     def watch(self) -> None:

@@ -42,6 +42,7 @@ def test_a_second_service_on_the_folder_is_refused(service: Up):
     done = satune("up", "--data-dir", str(service.data_dir), "--port", "0")
     assert done.returncode == 2
     assert "already running" in done.stderr
+    assert "Stopping" not in done.stderr
     assert service.connection["pid"] == service.process.pid
 
 
@@ -51,6 +52,15 @@ def test_a_taken_port_is_refused_with_the_way_out(service: Up, tmp_path: Path):
     assert done.returncode == 2
     assert port in done.stderr
     assert "--port" in done.stderr
+
+
+@pytest.mark.parametrize("command", [("up",), ("demo", "--up")])
+def test_a_port_that_cannot_be_is_a_wrong_option(tmp_path: Path, command: tuple[str, ...]):
+    done = satune(*command, "--data-dir", str(tmp_path / "data"), "--port", "99999")
+    assert done.returncode == 2
+    assert "65535" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_killed_api_is_started_again(service: Up):
