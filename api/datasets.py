@@ -16,6 +16,7 @@ from api.deps import Services
 from api.errors import ApiError
 from api.named import data_file, model_exists
 from api.schemas.create import CreateJob
+from api.shapes import refuse_unfit
 from jobs.spec import ChoreRecord, FileRecord
 from sat_core.plan.request import RunRequest
 
@@ -154,13 +155,18 @@ def plain_report(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unusable(app: Services, project: str, create: CreateJob) -> None:
-    """Refuse a body whose files or model are not there, or are known to be of no use. Raises ApiError."""
+    """Refuse a body whose files or model are not there or known to be of no use, or whose settings do not fit.
+
+    Raises:
+        ApiError, ConfigError: naming the field.
+    """
     files = {"training_file": create.training_file, "validation_file": create.validation_file}
     files |= {f"sat.data.mix.{i}.file": m.file for i, m in enumerate(create.run.sat.data.mix)}
     for param, file_id in files.items():
         if file_id is not None:
             refuse_invalid(app, data_file(app, project, file_id, param), create.run, param)
     model_exists(app, project, create.run.model)
+    refuse_unfit(app, project, create.run)
 
 
 def refuse_invalid(app: Services, record: FileRecord, run: RunRequest, param: str) -> None:

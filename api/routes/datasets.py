@@ -14,6 +14,7 @@ from api.deps import App, Services
 from api.named import data_file, model_exists
 from api.schemas.datasets import FilePreview, FileValidation
 from api.schemas.problems import answers
+from api.shapes import refuse_unfit
 from jobs.spec import FileRecord
 from sat_core.plan.request import DataFormat, RunRequest
 
@@ -124,6 +125,8 @@ def _run(
         return None
     model_exists(app, project, model)
     train = {"train_on": train_on, "max_seq_len": max_seq_len}
-    return RunRequest.from_dict(
+    run = RunRequest.from_dict(
         {"model": model, "sat": {"train": train, "data": {"format": format}}}
     )
+    refuse_unfit(app, project, run)
+    return run

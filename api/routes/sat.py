@@ -1,8 +1,7 @@
 """`/v1/sat`: what may be asked, and what a ladder would do, told without any work."""
 
-import json
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import get_args
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
@@ -22,6 +21,7 @@ from api.schemas.sat import (
     ServiceLimits,
     WorkerSlots,
 )
+from api.shapes import model_folder, read_shape
 from jobs.states import Stage
 from sat_core.plan.config import (
     PRESETS,
@@ -123,12 +123,8 @@ def _shape(app: Services, project: str, body: PreviewBody) -> ModelShape:
     if body.config is not None:
         return _bounded(shape_of(body.config))
     name = body.model or ""
-    path = (
-        app.model_path(project, name)
-        if name.startswith("ft:")
-        else app.artifacts.resolve_model(name)
-    )
-    if path is None:
+    folder = model_folder(app, project, name)
+    if folder is None:
         known = ", ".join(app.artifacts.local_models()[:20]) or "none yet"
         raise ApiError(
             "unknown_model",
@@ -136,15 +132,7 @@ def _shape(app: Services, project: str, body: PreviewBody) -> ModelShape:
             "For a model of the hub send its config.json as `config`.",
             "model",
         )
-    try:
-        found: Any = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ApiError(
-            "model_unsupported", f"{name}: config.json cannot be read: {error}.", "model"
-        ) from error
-    if not isinstance(found, dict):
-        raise ApiError("model_unsupported", f"{name}: config.json is no JSON object.", "model")
-    return shape_of(found)
+    return read_shape(folder, name)
 
 
 def _bounded(shape: ModelShape) -> ModelShape:

@@ -121,9 +121,8 @@ def test_a_job_counts_what_was_quoted_and_calibrates_the_next(
 
 def test_what_a_job_would_fail_of_is_said(client: httpx.Client, quick: Settings) -> None:
     body = body_for(client, quick)
-    body["sat"]["train"]["max_seq_len"] = 4096
-    failed = estimate(client, body)
-    assert (failed["status"], failed["error"]["param"]) == ("failed", "sat.train.max_seq_len")
+    failed = estimate(client, body | {"sat": body["sat"] | {"data": {"format": "alpaca"}}})
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "dataset_invalid")
     assert client.get(f"{ESTIMATES}/chore_none").json()["error"]["code"] == "estimate_not_found"
     refused = client.post(ESTIMATES, json=body | {"training_file": "file-none"})
     assert refused.json()["error"]["code"] == "file_not_found"

@@ -10,6 +10,8 @@ from sat_core.plan.config import SatConfig
 from sat_core.plan.families import shape_of
 from sat_core.plan.quote import schedule_preview
 
+from .conftest import create
+
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 512,
@@ -51,6 +53,50 @@ def test_a_local_model_is_read_and_warnings_are_said(client, settings):
     assert answer["num_parameters"] == shape_of(CONFIG).num_parameters
     assert "0.9" in answer["warnings"][0]
     assert answer["seq_len"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("sat", "code", "param"),
+    [
+        ({"mode": "off", "omission_rate": {"mlp": 0.5}}, "conflicting_parameters", "sat.mode"),
+        ({"train": {"max_seq_len": 2048}}, "invalid_value", "sat.train.max_seq_len"),
+        (
+            {"omission_rate": {"mlp": 0.5}, "exempt_layers": 4},
+            "invalid_value",
+            "sat.exempt_layers",
+        ),
+    ],
+)
+def test_what_prepare_would_refuse_is_refused_before(client, settings, file_id, sat, code, param):
+    (settings.data_dir / "models/tiny/config.json").write_text(json.dumps(CONFIG))
+    body = {"model": "local/tiny", "training_file": file_id, "sat": sat}
+    good = create(client, file_id).json()["id"]
+    answers = [
+        create(client, file_id, sat=sat),
+        client.post("/v1/fine_tuning/estimates", json=body),
+        client.post(f"/v1/fine_tuning/jobs/{good}/clone", json={"sat": sat}),
+        client.post(PREVIEW, json={"model": "local/tiny", "sat": sat}),
+    ]
+    for name in ("validation", "preview") if "train" in sat else ():
+        asked = {"model": "local/tiny", **sat["train"]}
+        answers.append(client.get(f"/v1/files/{file_id}/{name}", params=asked))
+    for answer in answers:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
+    assert len(client.get("/v1/fine_tuning/jobs").json()["data"]) == 1
+
+
+def test_what_contradicts_itself_is_refused_of_a_model_that_is_here(client, settings, file_id):
+    (settings.data_dir / "models/tiny/config.json").write_text(json.dumps(CONFIG))
+    both = {
+        "hyperparameters": {"learning_rate_multiplier": 2},
+        "sat": {"train": {"learning_rate": 1e-3, "max_steps": 10**300}},
+    }
+    error = create(client, file_id, **both).json()["error"]
+    assert (error["code"], error["param"]) == ("conflicting_parameters", "sat.train.learning_rate")
+    sharded = {"sat": {"train": {"sharding": "fsdp", "tuning": "lora"}}}
+    error = create(client, file_id, **sharded).json()["error"]
+    assert (error["code"], error["param"]) == ("conflicting_parameters", "sat.train.sharding")
 
 
 def test_mode_off_is_one_dense_phase(client):

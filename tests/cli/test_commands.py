@@ -125,8 +125,11 @@ def test_an_estimate_makes_no_job_and_says_what_one_would_fail_of(service: Up, t
     assert json.loads(done.stdout)["status"] == "ready"
     assert "of" in service.run(*asked).stdout
     refused = service.run(*asked, "--set", "sat.train.max_seq_len=4096")
-    assert (refused.returncode, refused.stdout) == (1, "")
+    assert (refused.returncode, refused.stdout) == (2, "")
     assert "max_seq_len" in refused.stderr
+    failing = service.run(*asked, "--set", "sat.data.format=alpaca")
+    assert (failing.returncode, failing.stdout) == (1, "")
+    assert "line 1" in failing.stderr
     assert service.run("list", "--json").stdout == before
 
 

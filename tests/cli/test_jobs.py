@@ -179,9 +179,9 @@ def _listens(pid: int) -> bool:
 def test_a_failed_job_is_1_and_the_first_that_did_not_succeed_decides(
     service: Up, work: Path, done: dict[str, Any]
 ) -> None:
-    failed = service.run("clone", done["id"], "--set", "sat.train.max_seq_len=4096")
+    failed = service.run("clone", done["id"], "--set", "sat.data.format=alpaca")
     assert failed.returncode == 1
-    assert "max_seq_len" in failed.stdout
+    assert "line 1" in failed.stdout
     made = json.loads(service.run("list", "--limit", "1", "--json").stdout)[0]["id"]
     both = service.run("wait", done["id"], made)
     assert both.returncode == 1
