@@ -34,10 +34,10 @@ PAUSES = (0.5, 1, 2, 5)
 MAX_PAUSE = 30
 # A model may have to be loaded, and reads a long prompt before it says its first word.
 ANSWER_SECONDS = 600
-# Errors of a server that is there, and cannot do this now.
-_BUSY = ("gpu_busy", "model_loading")
 _LOST = (httpx.ReadError, httpx.WriteError, httpx.ReadTimeout, httpx.RemoteProtocolError)
 _STATUSES = {401: NOT_ALLOWED, 403: NOT_ALLOWED, 404: NOT_FOUND, 409: NOT_NOW, 429: NOT_NOW}
+# Errors that say more than their status.
+_CODES = {"unknown_model": NOT_FOUND, "gpu_busy": NOT_NOW, "model_loading": NOT_NOW}
 
 
 class CliError(Exception):
@@ -280,10 +280,16 @@ def _patience(response: httpx.Response) -> float | None:
 
 
 def _refusal(response: httpx.Response) -> CliError:
-    code = _STATUSES.get(response.status_code, USAGE)
-    if response.status_code >= 500:
-        code = NOT_NOW if any(f'"{busy}"' in response.text for busy in _BUSY) else UNREACHABLE
-    return CliError(_message(response), code)
+    by_status = UNREACHABLE if response.status_code >= 500 else USAGE
+    exit_code = _CODES.get(_error_code(response)) or _STATUSES.get(response.status_code, by_status)
+    return CliError(_message(response), exit_code)
+
+
+def _error_code(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _message(response: httpx.Response) -> str:

@@ -93,11 +93,15 @@ def test_a_refused_setting_is_2_and_the_message_names_it(
     assert json.loads(service.run("list", "--json").stdout) == before
 
 
-def test_a_missing_file_and_a_missing_model_are_2(service: Up, dataset: str):
+def test_a_file_that_is_not_here_is_2_and_a_model_that_is_not_there_is_4(service: Up, dataset: str):
     assert service.run("submit", "-m", "local/x", "-d", "/no/such/file").returncode == 2
-    done = service.run("submit", "-m", "local/nothing", "-d", dataset)
-    assert done.returncode == 2
-    assert "local/nothing" in done.stderr
+    for asked in (
+        ("submit", "-m", "local/nothing", "-d", dataset),
+        ("validate", dataset, "-m", "local/nothing"),
+        ("chat", "local/nothing", "hi"),
+    ):
+        done = service.run(*asked)
+        assert (done.returncode, "local/nothing" in done.stderr) == (4, True)
 
 
 def test_doctor_speaks_json_on_standard_output(service: Up):
@@ -147,7 +151,7 @@ def test_validate_prints_the_verdict_and_leaves_no_file(service: Up, tmp_path: P
     report = json.loads(service.run("validate", str(bad), "--json").stdout)
     assert (report["status"], report["errors"][0]["line"]) == ("invalid", 2)
     assert service.run("validate", str(tmp_path / "none.jsonl")).returncode == 2
-    assert service.run("validate", dataset, "--model", "local/none").returncode == 2
+    assert service.run("validate", dataset, "--model", "local/none").returncode == 4
     assert set((service.data_dir / "files").iterdir()) == before
 
 
