@@ -65,7 +65,7 @@ def uploaded(client: Client, body: dict[str, Any], folder: Path) -> Iterator[dic
     sent: dict[Path, dict[str, Any]] = {}
     try:
         if isinstance(body.get("model"), str):
-            body["model"] = _placed_model(client.connection, body["model"], folder)
+            body["model"] = placed_model(client.connection, body["model"], folder)
         for place, name in _files(body):
             if FILE_ID.fullmatch(str(place[name])):
                 continue
@@ -133,7 +133,7 @@ def _found(text: str, folder: Path) -> Path:
     )
 
 
-def _placed_model(connection: Connection, name: str, folder: Path) -> str:
+def placed_model(connection: Connection, name: str, folder: Path) -> str:
     """The name by which the service knows a model; a folder is copied to where the service finds it, once."""
     given = Path(name).expanduser()
     path = next((p for p in (folder / given, given) if (p / "config.json").is_file()), None)

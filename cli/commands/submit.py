@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import validating
-from cli.body import apply_settings, put, uploaded
+from cli.body import apply_settings, placed_model, put, uploaded
 from cli.client import FAILED, USAGE, Client, CliError, Connection
 from cli.commands.jobs import watched
 from cli.console import emit, err, out, warn
@@ -153,7 +153,9 @@ def validate(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Count what would be trained on, by this model's tokenizer."
+            "--model",
+            "-m",
+            help="Count what would be trained on, by this model's tokenizer; a name or a folder.",
         ),
     ] = None,
     against: Annotated[
@@ -170,6 +172,8 @@ def validate(
     The exit code is 2 where it is not usable.
     """
     client = Client(Connection.find(data_dir))
+    if model is not None:
+        model = placed_model(client.connection, model, Path())
     sent = []
     try:
         for path in (file, against):

@@ -176,6 +176,12 @@ def _listens(pid: int) -> bool:
     return bool(psutil.Process(pid).net_connections(kind="tcp"))
 
 
+def test_validate_takes_the_folder_of_a_model(service: Up, work: Path) -> None:
+    told = service.run("validate", str(work / "text.jsonl"), "--model", str(work / "mine"))
+    assert told.returncode == 0, told.stderr
+    assert "are trained on" in told.stdout
+
+
 def test_a_failed_job_is_1_and_the_first_that_did_not_succeed_decides(
     service: Up, work: Path, done: dict[str, Any]
 ) -> None:
