@@ -63,23 +63,27 @@ class Connection:
 
     @classmethod
     def find(cls, data_dir: Path) -> Connection:
-        """From the environment, else from `data_dir`/connection.json.
+        """From the environment, else from `data_dir`/connection.json; a key of the environment goes before the one there.
 
         Raises:
-            CliError: where there is neither, or half of one, saying how to get it.
+            CliError: where there is neither, or a server without a key, saying how to get it.
         """
         url, key = os.environ.get("SATUNE_URL"), os.environ.get("SATUNE_API_KEY")
         if url and key:
             return cls(url=url.rstrip("/").removesuffix("/v1"), api_key=key)
         if url:
-            # Another server than the one that was named must not be asked; the key alone is that of `satune up`.
+            # Another server than the one that was named must not be asked.
             raise CliError(
                 "SATUNE_URL is set, but SATUNE_API_KEY is not: set both or neither.", USAGE
             )
         path = data_dir / CONNECTION
         try:
             found = json.loads(path.read_text("utf-8"))
-            return cls(url=found["url"], api_key=found["api_key"], data_dir=Path(found["data_dir"]))
+            return cls(
+                url=found["url"],
+                api_key=key or found["api_key"],
+                data_dir=Path(found["data_dir"]),
+            )
         except (OSError, ValueError, KeyError) as error:
             raise CliError(
                 f"No server is known: {path} is not there. Start one with `satune up`, name its folder with --data-dir, "

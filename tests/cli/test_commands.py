@@ -53,6 +53,9 @@ def test_a_status_that_no_job_has_is_named(service: Up):
 def test_a_wrong_key_is_5(service: Up):
     done = satune("list", SATUNE_URL=service.connection["url"], SATUNE_API_KEY="sk-sat-wrong")
     assert (done.returncode, done.stdout) == (5, "")
+    # Alone it goes before the one that `satune up` has left.
+    done = satune("list", SATUNE_DATA_DIR=str(service.data_dir), SATUNE_API_KEY="sk-sat-wrong")
+    assert (done.returncode, done.stdout) == (5, "")
 
 
 def test_an_unknown_job_is_4(service: Up):
