@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig
 
 from sat_core.plan.errors import ModelError
@@ -40,8 +41,12 @@ def hub_revision(name: str) -> str:
     try:
         return str(HfApi().model_info(name).sha)
     except Exception as error:
-        raise ModelError(
-            f"The model {name} cannot be found on the hub: {type(error).__name__}: {error}",
-            "model",
-            "model_download_failed",
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        if isinstance(error, (HfHubHTTPError, HFValidationError)):
+            message = f"The model {name} cannot be found on the hub: {said}"
+        else:
+            message = (
+                f"The model {name} is one of the hub, which cannot be reached ({said}). Use a folder below a model root, "
+                "local/NAME."
+            )
+        raise ModelError(message, "model", "model_download_failed") from error

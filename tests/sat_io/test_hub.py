@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from sat_core.plan.errors import DataError
+from sat_core.plan.errors import DataError, ModelError
+from sat_io.base_model import hub_revision
 from sat_io.sources import Source, hub_parts
 from tests.sat_core.tiny import read_events, write_model
 
@@ -95,6 +96,15 @@ def test_a_hub_that_does_not_answer_is_said_so(tmp_path: Path) -> None:
     event = read_events(tmp_path)[-1]
     assert event["code"] == "dataset_download_failed"
     assert "org/name cannot be read from the hub: ConnectError" in event["message"]
+
+
+def test_a_model_that_the_hub_does_not_have_is_said_so(
+    hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+    with pytest.raises(ModelError, match="org/none cannot be found on the hub"):
+        hub_revision("org/none")
 
 
 def test_a_name_has_a_subset_and_a_split_or_their_defaults() -> None:
