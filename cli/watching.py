@@ -61,6 +61,8 @@ def follow(
 def describe(job: dict[str, Any]) -> str:
     """What a job is doing, in one line."""
     progress = job["progress"]
+    if job["status"] == "failed":
+        return str(job["error"]["message"])
     if job["status"] != "running" or not progress or not progress["step"]:
         detail = job["status_detail"]
         return str(detail["message"] or detail["state"].replace("_", " "))
