@@ -277,12 +277,11 @@ def _json_rows(line: Line) -> Iterator[Any]:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise RowError("bad_json", "", f"not valid JSON: {_reason(error)}{column}") from error
+        raise RowError("bad_json", "", f"not valid JSON: {_reason(error)}") from error
     yield row
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return error.msg
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"

@@ -177,6 +177,9 @@ def test_gzip_that_ends_between_two_pieces_of_output_is_whole() -> None:
         ("d.csv", b"prompt,completion\n", "empty_file", "no rows"),
         ("d.txt", "abc".encode("utf-16-le"), "not_text", "NUL byte"),
         ("d.json", b'{"data": []}', "unknown_format", "one array of rows"),
+        ("d.json", b'[\n{"a]', "bad_json", "Unterminated string starting at column 2"),
+        ("d.jsonl", b'{"a": "b', "bad_json", "Unterminated string starting at column 7"),
+        ("d.jsonl", b"{a}", "bad_json", "double quotes at column 2"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused_with_a_reason(
