@@ -101,8 +101,10 @@ class Speaker:
                 ids = self._template.prompt(ask.messages)
             finally:
                 watchdog.cancel()
+        if not ids:
+            raise ConfigError("The messages come to no token; say something.", "messages")
         wanted = ask.max_tokens or 1
-        if not ids or len(ids) + wanted > self.context:
+        if len(ids) + wanted > self.context:
             raise PlanError(
                 f"The model's context holds {self.context} tokens; the messages have {len(ids)} and the answer is to "
                 f"have {'up to ' if ask.max_tokens else 'at least '}{wanted}. Shorten the messages or max_completion_tokens.",

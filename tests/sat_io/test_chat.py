@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sat_core.events import EventLog
-from sat_core.plan.errors import PlanError
+from sat_core.plan.errors import ConfigError, PlanError
 from sat_io import chat
 from tests.sat_core.tiny import read_events, write_model
 
@@ -100,6 +100,17 @@ def test_what_does_not_fit_is_refused_and_what_is_not_said_is_what_is_left(
         with pytest.raises(PlanError, match="context holds 64") as refused:
             speaker.prompt(ask(**more))
         assert refused.value.code == "context_length_exceeded"
+
+
+def test_nothing_said_is_answered_where_the_template_says_something(tmp_path: Path) -> None:
+    nothing = [{"role": "user", "content": ""}]
+    folder = byte_model(tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    assert answered(chat.Speaker(str(folder)), messages=nothing, max_tokens=2)[1:] == ("length", 2)
+    (folder / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    with pytest.raises(ConfigError, match="no token") as refused:
+        chat.Speaker(str(folder)).prompt(ask(messages=nothing))
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "messages")
 
 
 def test_a_model_without_a_template_gets_the_one_its_data_would_get(tmp_path: Path) -> None:
