@@ -89,12 +89,22 @@ def prepare(folder: Path, config: dict[str, Any], events: Events) -> None:
         "hyperparameters": resolved.hyperparameters,
         "total_steps": resolved.config.total_steps,
         "figures": figures,
-        "warnings": list(resolved.warnings),
+        "warnings": [*resolved.warnings, *_repetitions(resolved.config.batch_size, figures)],
     }
     if hardware := config.get("hardware"):
         prepared["hardware"] = hardware
         prepared["quote"] = _quote(resolved.config, figures, gpu=hardware["device"] == "gpu")
     _put(folder / "train.json", prepared)
+
+
+def _repetitions(batch_size: int, figures: dict[str, Any]) -> list[str]:
+    sequences = int(figures["sequences"])
+    if batch_size <= sequences:
+        return []
+    return [
+        f"batch_size is {batch_size}, and the data give {sequences} sequences: every step trains on each of them "
+        f"{batch_size / sequences:.3g} times."
+    ]
 
 
 def _quote(config: TrainConfig, figures: dict[str, Any], *, gpu: bool) -> dict[str, Any]:

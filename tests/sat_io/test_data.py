@@ -147,6 +147,14 @@ def test_supervised_rows_are_padded_and_masked(tmp_path: Path) -> None:
     assert (batch.labels_BT != IGNORED_LABEL).sum(1).tolist() == [3, 5]
 
 
+def test_a_batch_of_more_sequences_than_there_are_is_warned_of(tmp_path: Path) -> None:
+    data = write_text(tmp_path / "d.jsonl")
+    few = prepare(tmp_path, data=data, sat={}, hyperparameters={"batch_size": 65536})
+    sequences = few["figures"]["sequences"]
+    (warning,) = [said for said in few["warnings"] if "batch_size" in said]
+    assert f"is 65536, and the data give {sequences} sequences" in warning
+
+
 def test_a_second_preparation_of_the_same_data_finds_it_ready(tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps(MESSAGES))
