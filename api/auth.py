@@ -88,14 +88,14 @@ async def require_key(
             f"The header OpenAI-Project says {project!r}, but this key belongs to {key.project!r}.",
             "OpenAI-Project",
         )
-    _need(key, scope_of(request.method, request.url.path))
+    need(key, scope_of(request.method, request.url.path))
     _acts(request, "api_key", key)
     request.state.key = key
 
 
 async def _caller(request: Request) -> Key:
     found = request.state.key
-    assert isinstance(found, Key)  # noqa: S101 - set by `require_key`, which every router asks for
+    assert isinstance(found, Key)  # noqa: S101 - set by what every router asks for
     return found
 
 
@@ -105,8 +105,14 @@ def _creates(request: Request) -> bool:
     return any(getattr(needs.call, "creates", False) for needs in needed)
 
 
-def _need(key: Key, scope: str | None) -> None:
-    if scope is None or scope in key.scopes or ADMIN in key.scopes:
+def may(key: Key, scope: str) -> bool:
+    """Whether a key has a scope."""
+    return scope in key.scopes or ADMIN in key.scopes
+
+
+def need(key: Key, scope: str | None) -> None:
+    """Refuse a key that lacks a scope; None is none. Raises ApiError."""
+    if scope is None or may(key, scope):
         return
     has = ", ".join(sorted(key.scopes)) or "none"
     raise ApiError(
@@ -136,8 +142,9 @@ def require_session(request: Request, app: App) -> str:
     key = app.store.key_of_session(str(key_id))
     if key is None:
         raise SignInNeededError
-    _need(key, "jobs:read" if request.method in READING else "jobs:write")
+    need(key, "jobs:read" if request.method in READING else "jobs:write")
     _acts(request, "session", key)
+    request.state.key = key
     return key.project
 
 

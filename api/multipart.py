@@ -1,4 +1,4 @@
-"""A multipart form read as it comes: one part goes to disk while it arrives, the others are short fields.
+"""A multipart form read as it comes: files go to disk while they arrive, the other parts are short fields.
 
 The parser is python-multipart's, fed by hand. The road not taken is `UploadFile`: it spools the whole body to a temporary
 file before the first line of ours runs, so a bad or oversized file would be known only when all of it had arrived, and
@@ -41,26 +41,35 @@ class Form:
     """One multipart request: `feed` its chunks, then `finish`. Use through `receiving`, which cleans up."""
 
     def __init__(
-        self, content_type: str, *, stored: str, fields: tuple[str, ...], opener: Opener
+        self,
+        content_type: str,
+        *,
+        stored: tuple[str, ...],
+        fields: tuple[str, ...],
+        opener: Opener,
+        field_bytes: int = MAX_FIELD_BYTES,
     ) -> None:
         """Begin.
 
         Args:
             content_type: of the request.
-            stored: the part that goes to disk.
+            stored: the parts that go to disk.
             fields: the others that are allowed.
-            opener: makes the draft, given the part's file name and the fields that came before it.
+            opener: makes a draft, given the part's file name and the fields that came before it.
+            field_bytes: that a field may have.
         """
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary:
             raise ApiError(
                 "unsupported_media_type",
-                f"Send multipart/form-data with {stored} as a file.",
+                f"Send multipart/form-data with {stored[0]} as a file.",
             )
         self.fields: dict[str, str] = {}
-        self.draft: Draft | None = None
-        self._stored, self._allowed, self._opener = stored, (*fields, stored), opener
+        self.drafts: dict[str, Draft] = {}
+        self.filenames: dict[str, str] = {}
+        self._stored, self._allowed, self._opener = stored, (*fields, *stored), opener
+        self._field_bytes = field_bytes
         self._part = _Part()
         self._parser = MultipartParser(
             boundary,
@@ -82,21 +91,25 @@ class Form:
         except FormParserError as error:
             raise ApiError("invalid_request", f"The multipart body is broken: {error}.") from error
 
-    def finish(self) -> Draft:
-        """The stored part, whole; raises ApiError where it is missing or the body is cut off."""
+    def finish(self) -> None:
+        """All was fed; raises ApiError where the body is cut off."""
         try:
             self._parser.finalize()
         except FormParserError as error:
             raise ApiError(
                 "invalid_request", f"The multipart body ends too early: {error}."
             ) from error
-        if self.draft is None:
+
+    def first(self) -> Draft:
+        """The first stored part; raises ApiError where it is missing."""
+        first = self._stored[0]
+        if first not in self.drafts:
             raise ApiError(
                 "missing_required_parameter",
-                f"The form has no {self._stored}; send it as part '{self._stored}'.",
-                self._stored,
+                f"The form has no {first}; send it as part '{first}'.",
+                first,
             )
-        return self.draft
+        return self.drafts[first]
 
     def _begin(self) -> None:
         self._part = _Part()
@@ -118,29 +131,37 @@ class Form:
         _, options = parse_options_header(self._part.disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
         refuse_unknown([name], self._allowed)
-        if name in self.fields or (name == self._stored and self.draft is not None):
+        if name in self.fields or name in self.drafts:
             raise ApiError("conflicting_parameters", f"{name} was sent twice.", name)
         self._part.name = name
-        if name == self._stored:
+        if name in self._stored:
             filename = options.get(b"filename", b"").decode("utf-8", "replace")
-            self.draft = self._opener(filename, self.fields)
+            self.filenames[name] = filename
+            self.drafts[name] = self._opener(filename, self.fields)
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         piece = data[start:end]
-        if self._part.name == self._stored:
-            assert self.draft is not None  # noqa: S101 - opened with the part's headers
-            self.draft.feed(piece)
+        if self._part.name in self._stored:
+            self.drafts[self._part.name].feed(piece)
             return
         self._part.body += piece
-        if len(self._part.body) > MAX_FIELD_BYTES:
+        if len(self._part.body) > self._field_bytes:
             raise ApiError("invalid_value", f"{self._part.name} is too long.", self._part.name)
 
     def _end(self) -> None:
-        if self._part.name != self._stored:
+        if self._part.name not in self._stored:
             self.fields[self._part.name] = self._part.body.decode("utf-8", "replace")
 
 
 async def receive(request: Request, form: Form, refuse: Callable[[], ApiError], most: int) -> Draft:
+    """Read the whole request into the form whose first part must be there, as `read_form` does."""
+    await read_form(request, form, refuse, most)
+    return form.first()
+
+
+async def read_form(
+    request: Request, form: Form, refuse: Callable[[], ApiError], most: int
+) -> None:
     """Read the whole request into the form; what is clearly longer than `most` bytes is refused unread."""
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > most + FORM_BYTES:
@@ -152,7 +173,7 @@ async def receive(request: Request, form: Form, refuse: Callable[[], ApiError], 
             await run_in_threadpool(form.feed, bytes(waiting))
             waiting.clear()
     await run_in_threadpool(form.feed, bytes(waiting))
-    return await run_in_threadpool(form.finish)
+    await run_in_threadpool(form.finish)
 
 
 @contextlib.contextmanager
@@ -161,5 +182,5 @@ def receiving(form: Form) -> Iterator[Form]:
     try:
         yield form
     finally:
-        if form.draft is not None:
-            form.draft.discard()
+        for draft in form.drafts.values():
+            draft.discard()

@@ -52,9 +52,7 @@ async def create_estimate(
 ) -> Estimate:
     """Estimate a job from the body that would create it. The same body is the same estimate, and costs nothing twice."""
     create = check(await json_object(request))
-    params = await run_in_threadpool(_params, app, key.project, create)
-    chore = await datasets.ask(app, key.project, KIND, create.training_file, params, wait)
-    return await run_in_threadpool(_answer, app, chore, response)
+    return _told(await estimate(app, key.project, create, wait), response)
 
 
 @router.get(
@@ -66,10 +64,28 @@ async def retrieve_estimate(
     estimate_id: str, response: Response, app: App, key: Caller, wait: Wait = 0
 ) -> Estimate:
     """One estimate; its time is that of the runs known now."""
-    chore = await run_in_threadpool(_found, app, key.project, estimate_id)
+    return _told(await estimate_again(app, key.project, estimate_id, wait), response)
+
+
+async def estimate(app: Services, project: str, create: CreateJob, wait: float) -> Estimate:
+    """The estimate of a create that was checked, as it stands after so many seconds at the most."""
+    params = await run_in_threadpool(_params, app, project, create)
+    chore = await datasets.ask(app, project, KIND, create.training_file, params, wait)
+    return await run_in_threadpool(_answer, app, chore)
+
+
+async def estimate_again(app: Services, project: str, estimate_id: str, wait: float) -> Estimate:
+    """An estimate that was asked for, as it stands after so many seconds at the most."""
+    chore = await run_in_threadpool(_found, app, project, estimate_id)
     if wait and chore.status not in datasets.ENDED:
-        chore = await datasets.ask(app, key.project, KIND, chore.subject, chore.params, wait)
-    return await run_in_threadpool(_answer, app, chore, response)
+        chore = await datasets.ask(app, project, KIND, chore.subject, chore.params, wait)
+    return await run_in_threadpool(_answer, app, chore)
+
+
+def _told(found: Estimate, response: Response) -> Estimate:
+    if found.status == "pending":
+        response.headers["retry-after"] = "1"
+    return found
 
 
 def _params(app: Services, project: str, create: CreateJob) -> dict[str, Any]:
@@ -96,10 +112,8 @@ def _unknown(estimate_id: str) -> ApiError:
     return ApiError("estimate_not_found", f"No estimate {estimate_id!r} exists.")
 
 
-def _answer(app: Services, chore: ChoreRecord, response: Response) -> Estimate:
+def _answer(app: Services, chore: ChoreRecord) -> Estimate:
     status = {"succeeded": "ready", "failed": "failed"}.get(chore.status, "pending")
-    if status == "pending":
-        response.headers["retry-after"] = "1"
     shown = {
         "id": chore.id,
         "created_at": int(chore.created_at),

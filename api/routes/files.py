@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from api import datasets, downloads, once
 from api.auth import Caller, require_key
-from api.deps import App
+from api.deps import App, Services
 from api.drafts import (
     ANCHOR_FIELD,
     EXPIRES_SECONDS,
@@ -33,6 +33,7 @@ from api.routes.uploads import too_large
 from api.schemas.files import FileObject
 from api.schemas.lists import After, Deleted, ListOf, Order
 from api.schemas.problems import answers
+from jobs.spec import Key
 
 router = APIRouter(prefix="/v1/files", tags=["files"], dependencies=[Depends(require_key)])
 
@@ -103,9 +104,8 @@ async def create_file(request: Request, app: App, key: Caller, creating: once.Cr
         check = row_check(names[0], declared_format(fields))
         return Draft(app.artifacts.files, limit, refuse, check)
 
-    form = Form(
-        request.headers.get("content-type", ""), stored="file", fields=FIELDS, opener=opener
-    )
+    kind = request.headers.get("content-type", "")
+    form = Form(kind, stored=("file",), fields=FIELDS, opener=opener)
     with receiving(form):
         draft = await receive(request, form, refuse, limit)
         if FORMAT_FIELD in form.fields and FORMAT_FIELD not in early:
@@ -114,19 +114,25 @@ async def create_file(request: Request, app: App, key: Caller, creating: once.Cr
                 f"{FORMAT_FIELD} must come before file in the form.",
                 FORMAT_FIELD,
             )
-        terms = Terms.of(form.fields)
-        file = await run_in_threadpool(new_file, draft, names[0], terms)
-        return await creating.run(
-            once.fingerprint([file.sha256, file.filename, file.format, asdict(terms)]),
-            lambda receipt: app.store.add_file(
-                key.project,
-                file,
-                receipt,
-                place=lambda: app.artifacts.keep(draft.path, file.sha256),
-            ),
-            FileObject.of,
-            location=router.prefix,
-        )
+        return await keep_file(app, key, draft, names[0], Terms.of(form.fields), creating)
+
+
+async def keep_file(
+    app: Services, key: Key, draft: Draft, filename: str, terms: Terms, creating: once.Once
+) -> Response:
+    """Judge a file that is whole, and register it. Raises ApiError where it has a bad row."""
+    file = await run_in_threadpool(new_file, draft, filename, terms)
+    return await creating.run(
+        once.fingerprint([file.sha256, file.filename, file.format, asdict(terms)]),
+        lambda receipt: app.store.add_file(
+            key.project,
+            file,
+            receipt,
+            place=lambda: app.artifacts.keep(draft.path, file.sha256),
+        ),
+        FileObject.of,
+        location=router.prefix,
+    )
 
 
 @router.get("", operation_id="listFiles", responses=answers("invalid_value", "invalid_cursor"))

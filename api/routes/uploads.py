@@ -157,7 +157,7 @@ async def add_part(upload_id: str, request: Request, app: App, key: Caller) -> P
 
     form = Form(
         request.headers.get("content-type", ""),
-        stored="data",
+        stored=("data",),
         fields=(),
         opener=lambda _name, _fields: Draft(folder, most, refuse, None),
     )

@@ -63,12 +63,17 @@ class CreateJob:
 
 
 async def json_object(request: Request) -> dict[str, Any]:
-    """The request's JSON object; refuses what is too large, no JSON, no object, or holds odd text."""
+    """The request's JSON object; refuses what is too large, and what `json_body` does."""
     raw = bytearray()
     async for chunk in request.stream():
         raw += chunk
         if len(raw) > MAX_BODY_BYTES:
             raise ApiError("request_too_large", f"The body has more than {MAX_BODY_BYTES} bytes.")
+    return json_body(raw)
+
+
+def json_body(raw: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that a body is; refuses what is no JSON, no object, or holds odd text."""
     try:
         body = json.loads(raw or b"null", parse_float=_number)
         if not isinstance(body, dict):
