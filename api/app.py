@@ -17,6 +17,7 @@ from api import errors
 from api.auth import session_secret
 from api.chats import Chats
 from api.dashboard import pages
+from api.dashboard.new_job import new_job
 from api.dashboard.reference import reference
 from api.deps import Services
 from api.drafts import PARTIAL
@@ -124,6 +125,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ):
         app.include_router(router)
     pages.install(app)
+    app.include_router(new_job)
     app.include_router(reference)
     app.openapi = functools.cache(lambda: describe(app))  # type: ignore[method-assign]
     return app

@@ -24,7 +24,7 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from starlette.types import Scope
 
-from api.auth import SignInNeededError, Viewer, cookie_name, require_session, start_session
+from api.auth import SignInNeededError, Viewer, cookie_name, may, require_session, start_session
 from api.dashboard.words import FILTERS
 from api.deps import App, Services, services
 from api.errors import ApiError, error_response, request_id_of
@@ -99,12 +99,14 @@ class Assets(StaticFiles):
 def render(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
     """A template as an answer, in the theme that the reader chose."""
     theme = request.cookies.get("satune_theme")
+    key = getattr(request.state, "key", None)
     html = (
         templates()
         .get_template(name)
         .render(
             theme=theme if theme in THEMES else None,
             signed_in=status != 401 and cookie_name(services(request)) in request.cookies,
+            may_create=key is not None and may(key, "jobs:write"),
             path=request.url.path,
             **values,
         )
