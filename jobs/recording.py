@@ -100,9 +100,15 @@ def _state(session: Session, job: JobRow, attempt: int, run: str, event: dict[st
             event["message"],
             event["time"],
         )
-    add_event(
-        session, job.id, event["message"], data={"state": event["state"]}, created_at=event["time"]
-    )
+    # Training goes on after each evaluation: said in the row alone, or the history would hold little else.
+    if not event.get("again"):
+        add_event(
+            session,
+            job.id,
+            event["message"],
+            data={"state": event["state"]},
+            created_at=event["time"],
+        )
 
 
 def _message(session: Session, job: JobRow, attempt: int, run: str, event: dict[str, Any]) -> None:

@@ -33,9 +33,9 @@ class EventLog:
         row = {"seq": self._seq, "time": time.time(), "kind": kind, **fields}
         os.write(self._file, (json.dumps(_finite(row), allow_nan=False) + "\n").encode())
 
-    def state(self, state: str, message: str) -> None:
-        """What the run is doing now."""
-        self.emit("state", state=state, message=message)
+    def state(self, state: str, message: str, *, again: bool = False) -> None:
+        """What the run is doing now; `again` where it goes on with what it did before, which is no news."""
+        self.emit("state", state=state, message=message, again=again)
 
     def message(self, level: str, message: str, **data: Any) -> None:
         """Something a person should read; `level` is info, warn or error."""

@@ -90,7 +90,7 @@ class Run:
             self.last_loss = state.get("loss")
         self.stepper = Stepper(self.parts, config, train, self.counters, events)
         self.judge = Judge(self.parts, config, held, measures, events, template)
-        self._saved_step, self._state = 0, ""
+        self._saved_step, self._state, self._evaluated = 0, "", False
 
     def train(self) -> None:
         """Run to the end, or until asked to stop.
@@ -113,9 +113,9 @@ class Run:
     def advance(self) -> None:
         """Make one step and say what happened; no step is made where memory ran out and it is to be tried again."""
         state, words = self._phase()
-        if state != self._state:
-            self._state = state
-            self.events.state(state, f"Training {words}")
+        if state != self._state or self._evaluated:
+            self.events.state(state, f"Training {words}", again=state == self._state)
+            self._state, self._evaluated = state, False
         made = self.stepper.step()
         if made is not None:
             self._report(made)
@@ -183,6 +183,7 @@ class Run:
         # Ranks evaluate alike and must leave alike, so that only a run alone may leave in the middle.
         alone = self.parallel.world == 1
         self.judge.evaluate(self.counters, alive=lambda: not (alone and self.stopping()))
+        self._evaluated = True
         self._leave_if_asked()
 
     def _finish(self) -> None:

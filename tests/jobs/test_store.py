@@ -346,6 +346,23 @@ def test_what_an_older_attempt_tells_late_takes_nothing_from_a_newer_one(store: 
     assert found == [(9, older.attempt), (6, newer.attempt)]
 
 
+def test_what_goes_on_as_before_is_told_of_the_job_and_is_no_news(store: Store) -> None:
+    job = add_job(store)
+    claim = training(store)
+    told = [
+        {"seq": 1, "time": 1.0, "kind": "state", "state": state, "message": state, "again": again}
+        for state, again in (
+            ("training_sparse", False),
+            ("evaluating", False),
+            ("training_sparse", True),
+        )
+    ]
+    store.record(claim, told, run="r", read_position=1)
+    assert store.get_job("default", job.id).detail_state == "training_sparse"
+    newest, before = store.events("default", job.id).items[:2]
+    assert [newest.message, before.message] == ["evaluating", "training_sparse"]
+
+
 def test_what_a_database_cannot_hold_costs_no_run(store: Store) -> None:
     job = add_job(store)
     claim = training(store)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,15 @@ def test_events_tell_the_run_without_a_hole(sparse: tuple[Path, dict[str, Any]])
     summary = events[-1]["summary"]
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert summary["flops"] < summary["dense_flops"]
-    states = [e["state"] for e in events if e["kind"] == "state"]
-    assert [s for s in states if s.startswith("training")] == [
+    states = [e for e in events if e["kind"] == "state"]
+    training = [e for e in states if e["state"].startswith("training")]
+    assert [e["state"] for e in training if not e["again"]] == [
         "training_dense_start", "training_sparse", "training_ladder", "training_dense_finish",
     ]  # fmt: skip
+    after = [b["state"] for a, b in pairwise(states) if a["state"] == "evaluating"]
+    assert after.pop() == "saving"
+    assert len(after) > 2, "an evaluation before the first step, and some between"
+    assert all(state.startswith("training") for state in after)
 
 
 def test_a_child_dies_with_its_lifeline(
