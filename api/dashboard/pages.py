@@ -1,18 +1,21 @@
 """Routes of the dashboard. A page without a session is answered with the sign-in page and 401, never a redirect.
 
 Pages are HTML made of the same records that the API speaks; parts of them are asked for again by htmx, charts ask for
-metrics after the last step they have.
+metrics after the last step they have. What goes wrong outside `/v1` is told a browser as a page.
 """
 
 import contextlib
 import functools
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Form, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import (
     HTMLResponse,
     JSONResponse,
@@ -22,16 +25,26 @@ from fastapi.responses import (
 )
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
-from api.auth import SignInNeededError, Viewer, cookie_name, may, require_session, start_session
+from api.auth import (
+    SignInNeededError,
+    Viewer,
+    cookie_name,
+    may,
+    need,
+    require_session,
+    start_session,
+)
 from api.dashboard.words import FILTERS
 from api.deps import App, Services, services
 from api.errors import ApiError, error_response, request_id_of
 from api.routes.fine_tuning import result_archive
 from api.routes.health import release
-from api.schemas.jobs import finite, report
-from jobs.errors import InvalidCursor, JobNotPausable, JobTerminal, NotFound
+from api.schemas.jobs import StatusDetail, finite, report
+from jobs.errors import InvalidCursor, JobNotPausable, JobsError, JobTerminal, NotFound
 from jobs.spec import JobRecord
 from jobs.states import TERMINAL, Status
 from sat_core.plan.config import TrainConfig
@@ -39,6 +52,7 @@ from sat_core.plan.config import TrainConfig
 HERE = Path(__file__).parent
 JOBS_PER_PAGE = 25
 EVENTS_SHOWN = 30
+EVENTS_PER_PAGE = 100
 # Above this many rows a chart has more points than pixels.
 MAX_CHART_ROWS = 2000
 CHART_COLUMNS = (
@@ -106,8 +120,8 @@ def render(request: Request, name: str, status: int = 200, **values: Any) -> HTM
         .render(
             theme=theme if theme in THEMES else None,
             signed_in=status != 401 and cookie_name(services(request)) in request.cookies,
-            may_create=key is not None and may(key, "jobs:write"),
             path=request.url.path,
+            may_write=key is not None and may(key, "jobs:write"),
             **values,
         )
     )
@@ -157,6 +171,27 @@ def job_page(job_id: str, request: Request, app: App, project: Viewer) -> HTMLRe
     return render(request, name, partial=partial, **_job_values(app, job))
 
 
+@pages.get("/jobs/{job_id}/events")
+def events_page(
+    job_id: str,
+    request: Request,
+    app: App,
+    project: Viewer,
+    after: Annotated[str | None, Query()] = None,
+) -> HTMLResponse:
+    """What was told of a job before the event `after`, newest first."""
+    try:
+        job = app.store.get_job(project, job_id)
+        found = app.store.events(
+            project, job_id, after=after, limit=EVENTS_PER_PAGE, newest_first=True
+        )
+    except NotFound:
+        return _missing(request, f"There is no job {job_id} in this project.")
+    except InvalidCursor:
+        return _missing(request, "This page of the list no longer exists.")
+    return render(request, "events.html", job=job, events=found)
+
+
 def _job_values(app: Services, job: JobRecord) -> dict[str, Any]:
     events = app.store.events(
         job.project, job.id, after=None, limit=EVENTS_SHOWN, newest_first=True
@@ -164,12 +199,13 @@ def _job_values(app: Services, job: JobRecord) -> dict[str, Any]:
     asked = {"model": job.model, **job.request}
     return {
         "job": job,
+        "doing": StatusDetail.of(job, app.queueing.place(job)).message,
         "report": report(job, app),
         "files": {
             name: _filename(app, job.project, getattr(job, name))
             for name in ("training_file", "validation_file")
         },
-        "events": events.items,
+        "events": events,
         "layers": _layers(app.store.selections(job.project, job.id)),
         "requested": json.dumps(asked, indent=2),
         "resolved": json.dumps(job.config, indent=2) if job.config else None,
@@ -287,13 +323,18 @@ def model_archive(job_id: str, app: App, project: Viewer) -> StreamingResponse:
 @sign_in.get("/login", response_model=None)
 def login_page(request: Request, app: App, key: Annotated[str | None, Query()] = None) -> Response:
     """The form, or at once a session where the address carries a valid key, as `satune up` prints it."""
-    return render(request, "login.html", wrong=False) if key is None else _login(request, app, key)
+    return _form(request) if key is None else _login(request, app, key, "/")
 
 
 @sign_in.post("/login", response_model=None)
-def login(request: Request, app: App, key: Annotated[str, Form()] = "") -> Response:
-    """A session for a valid key."""
-    return _login(request, app, key)
+def login(
+    request: Request,
+    app: App,
+    key: Annotated[str, Form()] = "",
+    next: Annotated[str, Form()] = "/",
+) -> Response:
+    """A session for a valid key, and the page that was asked for without one."""
+    return _login(request, app, key, next)
 
 
 @sign_in.post("/logout")
@@ -304,28 +345,69 @@ def logout(app: App) -> RedirectResponse:
     return response
 
 
-def _login(request: Request, app: Services, secret: str) -> Response:
+def _login(request: Request, app: Services, secret: str, then: str) -> Response:
     key = app.store.authenticate(secret.strip())
     if key is None:
-        return render(request, "login.html", status=401, wrong=True)
+        return _form(request, 401, then=then, refused="This key is not valid here.")
+    try:
+        need(key, "jobs:read")
+    except ApiError as error:
+        return _form(request, 403, then=then, refused=error.message)
     # 303 to a clean address: the key leaves the address bar and the history entry.
-    response = RedirectResponse("/", status_code=303)
+    response = RedirectResponse(_own(request, then), status_code=303)
     start_session(response, app, key)
     return response
 
 
+def _form(
+    request: Request, status: int = 200, *, then: str = "/", refused: str | None = None
+) -> HTMLResponse:
+    return render(request, "login.html", status, then=_own(request, then), refused=refused)
+
+
+def _own(request: Request, address: str) -> str:
+    """The address where it is a page of this service, else the list: whoever made the link may want to lead elsewhere."""
+    local = re.fullmatch(r"(/(?!/)[^\\\s?#]*)([?#][^\\\s]*)?", address)
+    scope = {**request.scope, "method": "GET", "path": local[1] if local else ""}
+    found = any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    return address if local and found else "/"
+
+
 def _missing(request: Request, message: str) -> HTMLResponse:
-    return render(request, "missing.html", status=404, message=message)
+    return render(request, "missing.html", status=404, title="Not found", message=message)
+
+
+def _as_page(answer: Callable[[Request, Any], Any]) -> Callable[[Request, Exception], Response]:
+    """The answer to an exception, for a browser in a page that says the same."""
+
+    def page(request: Request, error: Exception) -> Response:
+        told = answer(request, error)
+        assert isinstance(told, JSONResponse)  # noqa: S101 - as all answers of `api.errors` are
+        wanted = "text/html" in request.headers.get("accept", "")
+        if not wanted or request.url.path.startswith("/v1/"):
+            return told
+        body = json.loads(bytes(told.body))
+        shown = {"title": body["title"], "message": body["detail"]}
+        html = render(request, "missing.html", told.status_code, **shown)
+        kept = {k: v for k, v in told.headers.items() if not k.startswith("content-")}
+        html.headers.update(kept)
+        return html
+
+    return page
 
 
 def install(app: FastAPI) -> None:
-    """Add the pages, their static files, and the sign-in page as the answer where a session is missing."""
+    """Add the pages, their static files, and pages as answers to what goes wrong, one of which asks to sign in."""
+    for kind in (ApiError, JobsError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _as_page(app.exception_handlers[kind]))
 
     def ask_to_sign_in(request: Request, _: Exception) -> Response:
         if request.url.path.endswith(".json"):
             ended = ApiError("invalid_api_key", "The session has ended; sign in again.")
             return error_response(ended, request_id_of(request))
-        return render(request, "login.html", status=401, wrong=False)
+        read = request.method == "GET"
+        asked = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        return _form(request, 401, then=asked if read else "/")
 
     app.add_exception_handler(SignInNeededError, ask_to_sign_in)
     app.include_router(pages)

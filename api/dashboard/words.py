@@ -82,7 +82,7 @@ def flop(value: Any) -> str:
 
 def percent(value: Any, digits: int = 0) -> str:
     """A share as a percentage, or a dash."""
-    return DASH if value is None else f"{100 * float(value):.{digits}f} %"
+    return DASH if value is None else f"{100 * float(value):.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def duration(seconds: Any) -> str:
@@ -112,9 +112,21 @@ def ago(moment: Any) -> str:
     return "1 min ago"
 
 
+def clock(value: Any) -> str:
+    """The time of day of a Unix time, in UTC until the browser shows it in the reader's zone."""
+    return datetime.fromtimestamp(float(value), UTC).strftime("%H:%M:%S")
+
+
 def moment(value: Any) -> str:
     """A Unix time in ISO form for `<time datetime>`; the browser shows it in the reader's zone."""
     return datetime.fromtimestamp(float(value), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def mean_speed(summary: Any) -> float | None:
+    """Tokens per second of the training steps of a whole run, from its summary."""
+    seconds = (summary or {}).get("training_seconds")
+    tokens = (summary or {}).get("trained_tokens")
+    return tokens / seconds if tokens and seconds else None
 
 
 def size(value: Any) -> str:
@@ -152,9 +164,11 @@ FILTERS = {
     "number": number,
     "short": short,
     "flop": flop,
+    "mean_speed": mean_speed,
     "percent": percent,
     "duration": duration,
     "ago": ago,
+    "clock": clock,
     "moment": moment,
     "size": size,
     "status_word": status_word,

@@ -159,7 +159,13 @@ def train_job(services: Services, steps: int, total: int) -> Claim:
     return claim
 
 
-def finish_job(services: Services, steps: int, claim: Claim | None = None, first: int = 1) -> str:
+def finish_job(
+    services: Services,
+    steps: int,
+    claim: Claim | None = None,
+    first: int = 1,
+    **measured: float,
+) -> str:
     """The oldest waiting job, or the claimed one, trained to its end; the name of its model."""
     claim = claim or claim_job(services, steps)
     services.store.record(claim, events(first, steps, steps), run="runs/x/2", read_position=2)
@@ -190,6 +196,7 @@ def finish_job(services: Services, steps: int, claim: Claim | None = None, first
             }
         ],
     }
+    summary |= measured
     path = services.artifacts.relative(folder)
     services.store.finish_train(claim, model=name, path=path, summary=summary)
     return name
