@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from api import once
 from api.auth import Caller, may, need, require_session
-from api.dashboard.pages import render
+from api.dashboard.pages import missing, render
 from api.dashboard.words import ago, percent, size
 from api.deps import App, Services
 from api.drafts import PURPOSE, Draft, Terms, row_check, shown_name
@@ -98,8 +98,7 @@ def new_page(
     except ApiError as error:
         return render(request, "new_refused.html", status=403, why=error.message)
     except NotFound:
-        message = f"There is no job {again} in this project."
-        return render(request, "missing.html", status=404, message=message)
+        return missing(request, f"There is no job {again} in this project.")
     return _page(request, app, key, values)
 
 

@@ -141,7 +141,7 @@ def jobs_page(
     try:
         page = app.store.list_jobs(project, after=after, limit=JOBS_PER_PAGE, status=chosen or None)
     except InvalidCursor:
-        return _missing(request, "This page of the list no longer exists.")
+        return missing(request, "This page of the list no longer exists.")
     counts = app.store.counts_by_status(project)
     query = {"status": chosen, "after": after}
     values: dict[str, Any] = {
@@ -165,7 +165,7 @@ def job_page(job_id: str, request: Request, app: App, project: Viewer) -> HTMLRe
     try:
         job = app.store.get_job(project, job_id)
     except NotFound:
-        return _missing(request, f"There is no job {job_id} in this project.")
+        return missing(request, f"There is no job {job_id} in this project.")
     partial = request.headers.get("hx-request") == "true"
     name = "job_live.html" if partial else "job.html"
     return render(request, name, partial=partial, **_job_values(app, job))
@@ -186,9 +186,9 @@ def events_page(
             project, job_id, after=after, limit=EVENTS_PER_PAGE, newest_first=True
         )
     except NotFound:
-        return _missing(request, f"There is no job {job_id} in this project.")
+        return missing(request, f"There is no job {job_id} in this project.")
     except InvalidCursor:
-        return _missing(request, "This page of the list no longer exists.")
+        return missing(request, "This page of the list no longer exists.")
     return render(request, "events.html", job=job, events=found)
 
 
@@ -373,7 +373,8 @@ def _own(request: Request, address: str) -> str:
     return address if local and found else "/"
 
 
-def _missing(request: Request, message: str) -> HTMLResponse:
+def missing(request: Request, message: str) -> HTMLResponse:
+    """The page that says what is not there."""
     return render(request, "missing.html", status=404, title="Not found", message=message)
 
 

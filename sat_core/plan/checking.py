@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import numbers
 import operator
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -118,7 +118,11 @@ def _number(
     hint: Any, value: Any, path: str, limits: typing.Mapping[str, Any], *, optional: bool
 ) -> int | float:
     kind = "an integer" if hint is int else "a number"
-    good = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    good = (
+        not isinstance(value, bool)
+        and isinstance(value, numbers.Real)
+        and abs(value) <= sys.float_info.max
+    )
     if good and hint is int:
         good = float(value).is_integer()
     known = {name: limits[name] for name in _LIMITS if name in limits}

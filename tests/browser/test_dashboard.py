@@ -54,6 +54,12 @@ def seen(browser: Browser, url: str, request: pytest.FixtureRequest) -> Iterator
     context.close()
 
 
+def fits(page: Page) -> bool:
+    """Whether nothing is to be scrolled to the side, neither the page nor a table."""
+    wide = "e => e.scrollWidth <= e.clientWidth"
+    return all(page.locator("html, .table, .events").evaluate_all(f"all => all.map({wide})"))
+
+
 def test_an_empty_list_says_how_to_start(seen):
     seen.page.get_by_text("satune submit").wait_for()
     seen.check()
@@ -65,12 +71,18 @@ def test_list_and_pages_of_every_kind_are_clean(seen, app):
     finish_job(services, steps=40)
     failed = new_job(services, suffix="bad")
     fail_job(services, "loss_not_finite", "The loss was not finite at step 3.")
-    running = new_job(services, suffix="live")
+    running = new_job(services, suffix="x" * 64)
     train_job(services, steps=12, total=40)
 
     seen.open("/")
     assert seen.page.locator("tbody tr").count() == 3
+    row = " ".join(seen.page.locator("tbody tr", has_text="good").inner_text().split())
+    assert "4.750 → 2.230 held-out 38 % / 19 % 220 just now" in row.replace("to ", "")
     seen.check()
+    seen.page.set_viewport_size({"width": 390, "height": 800})
+    assert fits(seen.page)
+    assert seen.page.get_by_text("loss 4.750").is_visible()
+    seen.page.set_viewport_size({"width": 1280, "height": 720})
     seen.page.get_by_role("link", name="Failed").click()
     assert seen.page.locator("tbody tr").count() == 1
 
@@ -85,6 +97,14 @@ def test_list_and_pages_of_every_kind_are_clean(seen, app):
             seen.page.locator("canvas").first.wait_for()
             assert seen.page.locator("canvas").count() == 4
         seen.check()
+    # A status of any length leaves the buttons where they are.
+    button = seen.page.get_by_role("button", name="Cancel job")
+    before = button.bounding_box()
+    said = "document.querySelector('.about span:nth-of-type(2)').textContent = 'word '.repeat(60)"
+    seen.page.evaluate(said)
+    assert button.bounding_box() == before
+    seen.page.set_viewport_size({"width": 390, "height": 800})
+    assert fits(seen.page)
 
 
 def test_a_job_shows_which_layers_sleep_and_what_their_sleep_costs(seen, app):
@@ -137,9 +157,31 @@ def test_a_running_job_is_followed_to_its_end_without_reload(seen, app):
     seen.open(f"/jobs/{job}")
     seen.page.locator("canvas").first.wait_for()
     seen.page.evaluate("window.same = true")
+    axis = seen.page.locator("[data-chart=loss] .u-legend .u-value").first
+    over = seen.page.locator("[data-chart=loss] .u-over")
+    over.scroll_into_view_if_needed()
+    box = over.bounding_box()
+    middle = box["y"] + box["height"] / 2
+
+    def step_at(share: float) -> int:
+        seen.page.mouse.move(box["x"] + share * box["width"], middle)
+        return int(axis.inner_text())
+
+    assert step_at(0.99) == 4, "the newest row waits for its evaluation; the axis goes to step 20"
+    step_at(0.02)
+    seen.page.mouse.down()
+    seen.page.mouse.move(box["x"] + 0.12 * box["width"], middle, steps=3)
+    seen.page.mouse.up()
+    assert step_at(0.5) in (1, 2)
     finish_job(services, steps=20, claim=claim, first=6)
     seen.page.get_by_text("Take it home").wait_for()
     seen.page.get_by_text("at step 20").first.wait_for()
+    over.scroll_into_view_if_needed()
+    box = over.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    assert step_at(0.5) in (1, 2), "what came later leaves the chosen range"
+    seen.page.mouse.dblclick(box["x"] + 0.5 * box["width"], middle)
+    assert step_at(0.99) == 20
     assert seen.page.evaluate("window.same") is True
     seen.check()
 
@@ -168,6 +210,12 @@ def test_an_error_leaves_what_is_shown(seen, app):
             pass
     assert seen.page.get_by_role("button", name="Cancel job").is_visible()
     assert "Bad Gateway" not in seen.page.content()
+    away = seen.page.get_by_role("status").filter(has_text="shown as of")
+    away.wait_for()
+    seen.page.unroute(f"**/jobs/{job}")
+    away.wait_for(state="detached")
+    seen.page.route(f"**/jobs/{job}", lambda route: route.abort())
+    away.wait_for()
 
 
 def test_a_session_that_has_ended_asks_to_sign_in_on_a_page_of_its_own(seen, app):
@@ -197,20 +245,37 @@ def test_a_job_is_cancelled_from_its_page(seen, app):
     seen.open(f"/jobs/{job}")
     seen.page.get_by_role("button", name="Cancel job").click()
     seen.page.get_by_text("Cancelled").first.wait_for()
+    seen.page.get_by_text("No step was measured.").first.wait_for()
+    moment = seen.page.locator(".events time").first
+    here = "e => new Date(e.dateTime).toLocaleTimeString('en', {hourCycle: 'h23'}).padStart(8, '0')"
+    assert moment.inner_text() == moment.evaluate(here)
+    assert moment.get_attribute("title") == moment.evaluate(
+        "e => new Date(e.dateTime).toLocaleString()"
+    )
     assert services.store.get_job("default", job).status == "cancelled"
     seen.check()
 
 
-def test_the_sign_in_page_takes_the_key(seen):
+def test_the_sign_in_page_takes_the_key_and_leads_where_one_wanted(seen, app):
+    job = new_job(app.state.services)
     seen.page.get_by_role("button", name="Sign out").click()
-    seen.page.get_by_label("API key").fill(KEY)
+    seen.page.get_by_label("API key").wait_for()
     seen.check()
+    seen.open(f"/jobs/{job}")
+    assert seen.page.evaluate("document.activeElement.name") == "key"
+    seen.page.keyboard.type(KEY)
     seen.page.get_by_role("button", name="Sign in").click()
-    seen.page.get_by_role("heading", name="Fine-tuning jobs").wait_for()
+    seen.page.get_by_role("heading", name=job).wait_for()
 
 
-def test_the_chosen_theme_stays(seen):
-    seen.page.get_by_label("Colours").select_option("dark")
+def test_the_chosen_theme_stays(seen, app):
+    job = new_job(app.state.services)
+    train_job(app.state.services, steps=5, total=20)
+    seen.open(f"/jobs/{job}")
+    marker = seen.page.locator("[data-chart=loss] .u-marker").nth(2)
+    for theme, colour in (("light", "rgb(22, 102, 176)"), ("dark", "rgb(100, 181, 246)")):
+        seen.page.get_by_label("Colours").select_option(theme)
+        assert marker.evaluate("e => e.style.borderTopColor") == colour
     seen.page.reload()
     assert seen.page.locator("html").get_attribute("data-theme") == "dark"
     seen.check()

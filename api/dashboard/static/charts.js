@@ -16,7 +16,7 @@
   const plots = [];
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const fixed = (value, digits) => (value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: Math.min(digits, 3) }));
-  const share = (value) => (value == null ? "–" : `${Math.round(value * 100)} %`);
+  const share = (value) => (value == null ? "–" : `${Math.round(value * 100)}\u00a0%`);
   const last = (values) => { for (let i = values.length - 1; i >= 0; i--) if (values[i] != null) return values[i]; return null; };
   const most = (values) => values.reduce((high, value) => Math.max(high, value ?? 0), 0);
   const first = (values) => values.find((value) => value != null) ?? null;
@@ -72,8 +72,9 @@
       values: () => [data.step, data.loss, smooth, data.eval_loss],
       say: () => {
         const from = first(data.eval_loss), to = last(data.eval_loss);
-        const held = from == null ? "" : ` Held-out loss ${fixed(from, 3)}${to !== from ? `, now ${fixed(to, 3)}` : " before training"}.`;
-        return `Training loss ${fixed(last(smooth), 3)} at step ${lastStep.toLocaleString("en")}.${held}`;
+        const held = from == null ? "" : `Held-out loss ${fixed(from, 3)}${to !== from ? `, now ${fixed(to, 3)}` : " before training"}.`;
+        if (last(smooth) == null) return held;
+        return `Training loss (smoothed) ${fixed(last(smooth), 3)} at step ${lastStep.toLocaleString("en")}. ${held}`.trim();
       },
     },
     omission: {
@@ -118,24 +119,31 @@
       width: place.clientWidth,
       height: figure.classList.contains("wide") ? 260 : 180,
       cursor: { sync: { key: "steps" }, points: { size: 7 } },
-      scales: { x: { time: false, range: (_, low, high) => [low ?? 0, Math.max(totalSteps ?? 0, high ?? 1, 1)] }, y },
+      hooks: { setSelect: [(u) => { if (u.select.width > 0) u.zoomed = true; }] },
+      scales: { x: { time: false, range: (u, low, high) => (u.zoomed ? [low, high] : [low ?? 0, Math.max(totalSteps ?? 0, high ?? 1, 1)]) }, y },
       axes: [{ ...axis, size: 32, values: (_, ticks) => ticks.map((v) => (Number.isInteger(v) ? v.toLocaleString("en") : "")) }, { ...axis, size: 62, values: kind.axis }],
       series: [{ label: "Step", value: (_, v) => (v == null ? "–" : v.toLocaleString("en")) }, ...kind.series],
     }, kind.values(), place);
     /* The cells of the legend are made by uPlot and are reachable by mouse alone; the sentence says the same. */
     plot.root.querySelector(".u-legend")?.setAttribute("role", "presentation");
-    plots.push({ plot, kind, place, say: figure.querySelector(".summary") });
+    plots.push({ plot, kind, place });
   }
 
   function redraw() {
-    if (!data.step.length) return;
     smooth = smoothed(data.step, data.loss);
-    box.classList.add("drawn");
-    if (!plots.length) box.querySelectorAll("[data-chart]").forEach(draw);
-    for (const { plot, kind, say } of plots) {
-      plot.setData(kind.values());
+    /* The evaluation before the first step is a row without a loss: something to say, and nothing to draw. */
+    const begun = first(data.loss) != null;
+    box.classList.toggle("drawn", begun);
+    if (begun && !plots.length) box.querySelectorAll("[data-chart]").forEach(draw);
+    for (const { plot, kind } of plots) {
+      plot.setData(kind.values(), !plot.zoomed);
+      if (plot.zoomed) plot.redraw();
       plot.root.classList.toggle("no-plan", !ahead().length);
-      const words = kind.say();
+    }
+    for (const figure of box.querySelectorAll("[data-chart]")) {
+      const kind = kinds[figure.dataset.chart], say = figure.querySelector(".summary");
+      const unmeasured = ended ? "No step was measured." : "No step is measured yet.";
+      const words = (begun || kind === kinds.loss) && kind.say() || unmeasured;
       if (say.textContent !== words) say.textContent = words;
     }
   }
@@ -160,7 +168,18 @@
     }
   }
 
-  const recolour = () => plots.forEach(({ plot }) => plot.redraw());
+  function recolour() {
+    for (const { plot } of plots) {
+      plot.redraw();
+      plot.root.querySelectorAll(".u-marker").forEach((marker, i) => {
+        if (i === 0) return;
+        marker.style.borderColor = plot.series[i].stroke(plot, i);
+        marker.style.background = plot.series[i].fill(plot, i) ?? "";
+      });
+    }
+  }
+  /* Charts zoom together. Before uPlot's own listener, which asks for the range. */
+  box.addEventListener("dblclick", () => plots.forEach(({ plot }) => { plot.zoomed = false; }), true);
   document.addEventListener("satune:tick", more);
   document.addEventListener("satune:theme", recolour);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);

@@ -1,6 +1,7 @@
-/* What keeps a page current: a clock that ticks while the page is seen and the reader has not paused it, times in the
-   reader's own zone, the choice of colours, and a question before a cancel. htmx listens for "tick". The road not taken
-   is htmx's own `every 2s [visible]`, whose condition needs eval, which the content security policy forbids. */
+/* What keeps a page current: a clock that ticks while the page is seen and the reader has not paused it, a line where
+   nothing answers, times in the reader's own zone, the choice of colours, and a question before a cancel. htmx listens for
+   "tick". The road not taken is htmx's own `every 2s [visible]`, whose condition needs eval, which the content security
+   policy forbids. */
 (() => {
   "use strict";
   let paused = false;
@@ -38,9 +39,41 @@
     if (event.detail.ctx.response.status === 401) window.location.reload();
   });
 
+  const away = document.getElementById("away");
+  const dayTime = { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" };
+  const otherDay = { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+  let answered = new Date();
+  function hear(there) {
+    if (!away) return;
+    if (there) answered = new Date();
+    const words = there ? "" : `No connection – shown as of ${answered.toLocaleTimeString("en", dayTime)}`;
+    if (away.textContent !== words) away.textContent = words;
+  }
+  document.addEventListener("htmx:after:request", (event) => {
+    const { status } = event.detail.ctx.response;
+    if (status < 400 || status >= 500) hear(status < 400);
+  });
+  document.addEventListener("htmx:error", (event) => { if (event.detail.ctx) hear(false); });
+
+  /* As `ago` of words.py says it. */
+  function ago(moment) {
+    const passed = (Date.now() - moment) / 1000;
+    if (passed < 45) return "just now";
+    for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"]]) {
+      if (passed >= size) return `${Math.round(passed / size)} ${unit} ago`;
+    }
+    return "1 min ago";
+  }
+  function clock(moment) {
+    const today = moment.toDateString() === new Date().toDateString();
+    return moment.toLocaleString("en", today ? dayTime : otherDay);
+  }
   function localTimes() {
-    for (const time of document.querySelectorAll("time[datetime]:not([title])")) {
-      time.title = new Date(time.dateTime).toLocaleString();
+    for (const time of document.querySelectorAll("time[datetime]")) {
+      const moment = new Date(time.dateTime);
+      const words = time.classList.contains("clock") ? clock(moment) : ago(moment);
+      if (time.textContent !== words) time.textContent = words;
+      if (!time.title) time.title = moment.toLocaleString();
     }
   }
 
@@ -59,8 +92,9 @@
   });
 
   /* Attributes too: what renews a part of the page takes those that it did not write. */
-  const changes = { childList: true, subtree: true, attributeFilter: ["title"] };
+  const changes = { childList: true, characterData: true, subtree: true, attributeFilter: ["title"] };
   new MutationObserver(localTimes).observe(document.body, changes);
   localTimes();
+  setInterval(() => { if (!paused) localTimes(); }, 15000);
   setTimeout(tick, 1500);
 })();
