@@ -134,7 +134,7 @@ def test_what_cannot_be_exported_is_refused(
     for options, code, named in (
         ((job["id"], "adapter"), 2, "lora"),
         ((job["id"], "zip"), 2, "safetensors"),
-        (("ft:none",), 2, "ft:none"),
+        (("ft:none",), 4, "ft:none"),
         (("ftjob-none",), 4, "ftjob-none"),
     ):
         refused = service.run("export", *options, "-o", str(tmp_path))

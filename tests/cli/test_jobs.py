@@ -193,7 +193,7 @@ def test_a_failed_job_is_1_and_the_first_that_did_not_succeed_decides(
     assert both.returncode == 1
     assert both.stdout.split() == [done["id"], "succeeded", made, "failed"]
     assert service.run("wait", made, "--json").returncode == 1
-    assert "failed: line 1" in service.run("show", made).stdout
+    assert f"{made} failed: text.jsonl, line 1" in service.run("show", made).stdout
 
 
 def test_a_clone_changes_what_is_said_and_keeps_the_rest(
