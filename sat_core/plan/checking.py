@@ -20,6 +20,7 @@ from typing import Any, Literal
 from sat_core.plan.errors import ConfigError
 
 MAX_LIST = 16
+MAX_NUMBER: Any = sys.float_info.max
 # Each limit of a number: what holds, in words, and in JSON Schema.
 _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
     "ge": (operator.ge, "at least", "minimum"),
@@ -119,9 +120,7 @@ def _number(
 ) -> int | float:
     kind = "an integer" if hint is int else "a number"
     good = (
-        not isinstance(value, bool)
-        and isinstance(value, numbers.Real)
-        and abs(value) <= sys.float_info.max
+        not isinstance(value, bool) and isinstance(value, numbers.Real) and abs(value) <= MAX_NUMBER
     )
     if good and hint is int:
         good = float(value).is_integer()

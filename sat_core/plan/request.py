@@ -71,9 +71,7 @@ class Importance:
     refresh_every: int = setting(0, "Steps between choices in a rung; 0: at rungs only.", ge=0)
     ema: float = setting(0.0, "Weight of the older scores at a refresh.", **RATE)
     selector: Selector = setting("top_k", "The best scores, a draw by them, or a mix of both.")
-    temperature: float = setting(
-        1.0, "Of the draw: near 0 is top-k, large is uniform.", **TEMPERATURE
-    )
+    temperature: float = setting(1.0, "Of the draw: near 0 top-k, large even.", **TEMPERATURE)
     explore: float = setting(0.3, "Share of the awake units that `mixed` draws.", **SHARE)
 
 
@@ -119,9 +117,7 @@ class Train:
     )
     lora_rank: int = setting(16, "Rank of the adapters.", ge=1, le=4096)
     lora_alpha: int = setting(32, "Scale of the adapters, over their rank.", ge=1)
-    gradient_checkpointing: bool = setting(
-        False, "Compute activations again in the backward pass, to save memory."
-    )
+    gradient_checkpointing: bool = setting(False, "Compute activations twice, to save memory.")
     compile: bool = setting(
         False,
         "torch.compile each decoder layer; rows are then padded to one width, for a graph is for one.",

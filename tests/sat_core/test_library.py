@@ -200,6 +200,7 @@ def test_a_step_outside_the_run_is_refused(step: int) -> None:
         ({"total_steps": None}, "an integer at least 1"),
         ({"refresh_every": -1}, "an integer at least 0"),
         ({"multiple": 0}, "an integer at least 1"),
+        ({"multiple": 10**400}, "an integer at least 1"),
         ({"explore": 3}, "a number at least 0 and at most 1"),
         ({"metric": "wandas"}, "Did you mean 'wanda'"),
         ({"pooled": 1}, "true or false"),
