@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 KEY = "sk-sat-test"
 ROW = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+
+
+@pytest.fixture
+def early_in_a_minute() -> None:
+    """Requests are counted by the minute, and one more is let through where two minutes meet."""
+    if (past := time.time() % 60) > 50:
+        time.sleep(60 - past)
 
 
 @pytest.fixture(scope="session")

@@ -194,6 +194,7 @@ def test_a_file_that_is_sent_along_is_kept_and_chosen(browser, services):
     assert list(services.artifacts.files.glob(".part-*")) == []
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_a_limit_of_the_project_is_said_above_the_form(browser, services, file_id):
     services.store.set_limits("default", {"queued_jobs": 1})
     fields = {"model": "local/tiny", "training_file": file_id}

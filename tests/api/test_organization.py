@@ -196,6 +196,7 @@ def test_a_full_project_is_429_and_told_not_to_retry(client):
     assert len(client.get("/v1/files").json()["data"]) == 1
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_requests_a_minute_are_counted(client, other):
     member = bearer(secret_of(client, other))
     client.post(f"{PROJECTS}/{other}/limits", json={"requests_per_minute": 2})
@@ -209,6 +210,7 @@ def test_requests_a_minute_are_counted(client, other):
     assert "x-ratelimit-limit-requests" not in client.get("/v1/models").headers
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_a_retry_of_a_create_that_the_limit_refused_is_new(client, other):
     member = bearer(secret_of(client, other))
     limits = f"{PROJECTS}/{other}/limits"
@@ -235,6 +237,7 @@ def test_a_retry_of_a_create_that_the_limit_refused_is_new(client, other):
     assert send(2).json()["id"] == newer.json()["id"]
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_processes_count_together_and_alone_where_redis_is_away(tmp_path):
     key = Key(id="k", project="p", name="n", scopes=frozenset(), requests_per_minute=2)
     with redis_server(tmp_path) as url:
