@@ -9,6 +9,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 from tests.api.conftest import KEY
 from tests.api.finished import claim_job, events, fail_job, finish_job, new_job, train_job
+from tests.service import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +81,7 @@ def test_list_and_pages_of_every_kind_are_clean(seen, app):
     assert "4.750 → 2.230 held-out 38 % / 19 % 220 just now" in row.replace("to ", "")
     seen.check()
     seen.page.set_viewport_size({"width": 390, "height": 800})
-    assert fits(seen.page)
+    eventually(lambda: fits(seen.page), seconds=10)
     assert seen.page.get_by_text("loss 4.750").is_visible()
     seen.page.set_viewport_size({"width": 1280, "height": 720})
     seen.page.get_by_role("link", name="Failed").click()
@@ -104,7 +105,7 @@ def test_list_and_pages_of_every_kind_are_clean(seen, app):
     seen.page.evaluate(said)
     assert button.bounding_box() == before
     seen.page.set_viewport_size({"width": 390, "height": 800})
-    assert fits(seen.page)
+    eventually(lambda: fits(seen.page), seconds=10)
 
 
 def test_a_job_shows_which_layers_sleep_and_what_their_sleep_costs(seen, app):
@@ -163,25 +164,26 @@ def test_a_running_job_is_followed_to_its_end_without_reload(seen, app):
     box = over.bounding_box()
     middle = box["y"] + box["height"] / 2
 
-    def step_at(share: float) -> int:
+    def step_at(share: float) -> str:
         seen.page.mouse.move(box["x"] + share * box["width"], middle)
-        return int(axis.inner_text())
+        return axis.inner_text()
 
-    assert step_at(0.99) == 4, "the newest row waits for its evaluation; the axis goes to step 20"
+    # The newest row waits for its evaluation; the axis goes to step 20.
+    eventually(lambda: step_at(0.99) == "4", seconds=10)
     step_at(0.02)
     seen.page.mouse.down()
     seen.page.mouse.move(box["x"] + 0.12 * box["width"], middle, steps=3)
     seen.page.mouse.up()
-    assert step_at(0.5) in (1, 2)
+    eventually(lambda: step_at(0.5) in ("1", "2"), seconds=10)
     finish_job(services, steps=20, claim=claim, first=6)
     seen.page.get_by_text("Take it home").wait_for()
     seen.page.get_by_text("at step 20").first.wait_for()
     over.scroll_into_view_if_needed()
     box = over.bounding_box()
     middle = box["y"] + box["height"] / 2
-    assert step_at(0.5) in (1, 2), "what came later leaves the chosen range"
+    eventually(lambda: step_at(0.5) in ("1", "2"), seconds=10)
     seen.page.mouse.dblclick(box["x"] + 0.5 * box["width"], middle)
-    assert step_at(0.99) == 20
+    eventually(lambda: step_at(0.99) == "20", seconds=10)
     assert seen.page.evaluate("window.same") is True
     seen.check()
 
@@ -262,7 +264,8 @@ def test_the_sign_in_page_takes_the_key_and_leads_where_one_wanted(seen, app):
     seen.page.get_by_label("API key").wait_for()
     seen.check()
     seen.open(f"/jobs/{job}")
-    assert seen.page.evaluate("document.activeElement.name") == "key"
+    focus = "document.activeElement.name"
+    eventually(lambda: seen.page.evaluate(focus) == "key", seconds=10)
     seen.page.keyboard.type(KEY)
     seen.page.get_by_role("button", name="Sign in").click()
     seen.page.get_by_role("heading", name=job).wait_for()

@@ -9,11 +9,12 @@ import pytest
 from tests.api.conftest import KEY, ROW
 from tests.api.finished import finish_job, new_job
 from tests.browser.test_dashboard import Seen, seen
+from tests.service import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
     from jobs.spec import ChoreRecord
 
@@ -21,6 +22,7 @@ __all__ = ["seen"]
 
 DATA = {"name": "data.jsonl", "mimeType": "application/jsonl", "buffer": ROW * 3}
 GIB = 2**30
+WIDTH = "document.documentElement.scrollWidth"
 
 
 @pytest.fixture
@@ -62,6 +64,11 @@ def result(**more: Any) -> dict[str, Any]:
     } | more
 
 
+def focused(page: Page, name: str) -> None:
+    """Wait until the element of that id has the focus, which a new page gives when it is drawn."""
+    eventually(lambda: page.evaluate("document.activeElement.id") == name, seconds=10)
+
+
 def claim(services) -> ChoreRecord:
     found = services.store.claim_chore("w-test")
     assert found is not None
@@ -84,12 +91,12 @@ def test_a_job_is_begun_by_keyboard_alone(plain, app):
     page.keyboard.type("local/none")
     for _ in range(2):
         page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "training_upload"
+    focused(page, "training_upload")
     page.locator("#training_upload").set_input_files(DATA)
     page.locator("#model").press("Enter")
 
     page.get_by_text("does not exist").wait_for()
-    assert page.evaluate("document.activeElement.id") == "model"
+    focused(page, "model")
     described = page.locator("#model").get_attribute("aria-describedby") or ""
     assert "does not exist" in page.locator("#" + described.split()[0]).inner_text()
     assert "data.jsonl: 3 rows" in page.locator("#training_file option:checked").inner_text()
@@ -144,7 +151,7 @@ def test_an_estimate_comes_beside_the_form_and_starts_nothing(seen, app):
     page.locator("#training_upload").set_input_files(DATA)
     page.get_by_role("button", name="Estimate").click()
     page.get_by_text("No worker is alive").wait_for()
-    assert page.evaluate("document.activeElement.id") == "plan-title"
+    focused(page, "plan-title")
     seen.check()
     services.store.finish_chore(claim(services), result())
     page.get_by_text("on 200 sequences").wait_for()
@@ -165,8 +172,7 @@ def test_an_estimate_comes_beside_the_form_and_starts_nothing(seen, app):
     assert jobs(services) == []
     seen.check()
     page.set_viewport_size({"width": 390, "height": 800})
-    wide = page.evaluate("document.documentElement.scrollWidth")
-    assert wide <= 390
+    eventually(lambda: page.evaluate(WIDTH) <= 390, seconds=10)
     seen.check()
 
 
@@ -192,9 +198,9 @@ def test_a_refusal_is_accessible_and_fits_a_telephone(seen):
     page.locator("#training_upload").set_input_files(DATA)
     page.get_by_role("button", name="Start job").click()
     page.get_by_text("Did you mean 'mlp'?").wait_for()
-    assert page.evaluate("document.activeElement.id") == "sat"
+    focused(page, "sat")
     page.set_viewport_size({"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    eventually(lambda: page.evaluate(WIDTH) <= 390, seconds=10)
     # The browser itself reports the answer 400 of the page.
     seen.errors = [said for said in seen.errors if "400" not in said]
     seen.check()
