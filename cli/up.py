@@ -30,7 +30,7 @@ from cli.processes import Child
 
 READY_SECONDS = 60.0
 # The worker gives its children SATUNE_GRACE_SECONDS (30) to write a checkpoint.
-WORKER_GRACE_SECONDS = 45.0
+WORKER_GRACE_SECONDS = 50.0
 GRACE_SECONDS = 10.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY_FILE = "api-key"

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -34,7 +35,7 @@ from worker.sweeper import Sweeper
 log = logging.getLogger(__name__)
 
 # For what is under way when a worker ends.
-LEAVING_SECONDS = 10.0
+LEAVING_SECONDS = 5.0
 Work: TypeAlias = Runner | ChoreRunner | ChatRunner
 
 
@@ -75,14 +76,18 @@ class Host:
     def stop(self) -> None:
         """Ask every child for a checkpoint, give the jobs back, wait for that."""
         self.stopping.set()
-        with self._lock:  # what was being claimed has begun by now, and nothing is claimed any more
-            runs = list(self._runs)
+        # What was being claimed has begun by then, and nothing is claimed any more; a database may keep a claim for longer.
+        claimed = self._lock.acquire(timeout=LEAVING_SECONDS)
+        runs = list(self._runs)
+        if claimed:
+            self._lock.release()
         for thread in runs:
             thread.join(self.settings.grace_seconds + 5)
+        until = time.monotonic() + LEAVING_SECONDS
         self._herald.stop(LEAVING_SECONDS)
-        self._postman.stop(LEAVING_SECONDS)
+        self._postman.stop(max(0.0, until - time.monotonic()))
         if self._clock.is_alive():
-            self._clock.join(LEAVING_SECONDS)
+            self._clock.join(max(0.0, until - time.monotonic()))
         self._quietly(lambda: self.store.forget_worker(self.id))
 
     def look(self) -> None:

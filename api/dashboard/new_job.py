@@ -152,10 +152,12 @@ async def plan_page(estimate_id: str, request: Request, app: App, key: Caller) -
 async def _kept(request: Request, app: Services, key: Key, form: Form, part: str) -> str:
     """The id of a file that came along."""
     need(key, "files")
-    creating = _once(request, app, key, form.fields, part)
-    name = shown_name(form.filenames[part])
+    draft, name = form.drafts[part], shown_name(form.filenames[part])
+    # Another file in the same copy of the form is another file.
+    what = once.fingerprint([name, await run_in_threadpool(draft.finish)])
+    creating = _once(request, app, key, form.fields, f"{part}-{what}")
     try:
-        answer = await keep_file(app, key, form.drafts[part], name, Terms(), creating)
+        answer = await keep_file(app, key, draft, name, Terms(), creating)
     except ApiError as error:
         raise ApiError(error.code, error.message, part, problems=error.problems) from error
     return _id(answer)
@@ -208,7 +210,7 @@ def _body(app: Services, project: str, values: Mapping[str, str]) -> dict[str, A
         )
     try:
         given = json.loads(typed["sat"] or "{}")
-        body["sat"] = merge_patch(METHODS[typed["method"]].sat, given)
+        body["sat"] = merge_patch(METHODS[typed["method"]].sat, {} if given is None else given)
     except (ValueError, RecursionError) as error:
         raise ApiError("invalid_value", f"sat is not valid JSON: {error}.", "sat") from error
     if typed["again"]:

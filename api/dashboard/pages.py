@@ -48,6 +48,7 @@ from jobs.errors import InvalidCursor, JobNotPausable, JobsError, JobTerminal, N
 from jobs.spec import JobRecord
 from jobs.states import TERMINAL, Status
 from sat_core.plan.config import TrainConfig
+from sat_core.plan.errors import PlanError
 
 HERE = Path(__file__).parent
 JOBS_PER_PAGE = 25
@@ -399,7 +400,7 @@ def _as_page(answer: Callable[[Request, Any], Any]) -> Callable[[Request, Except
 
 def install(app: FastAPI) -> None:
     """Add the pages, their static files, and pages as answers to what goes wrong, one of which asks to sign in."""
-    for kind in (ApiError, JobsError, HTTPException, RequestValidationError, Exception):
+    for kind in (ApiError, PlanError, JobsError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _as_page(app.exception_handlers[kind]))
 
     def ask_to_sign_in(request: Request, _: Exception) -> Response:

@@ -105,7 +105,8 @@ def test_a_plain_form_makes_the_job_of_a_plain_create(browser, services, file_id
 def test_a_method_is_its_settings(browser, services, file_id):
     usual = RunRequest(model="x").to_dict()["sat"]
     for name, method in METHODS.items():
-        send(browser, form(browser), model="local/tiny", training_file=file_id, method=name)
+        fields = form(browser) | {"model": "local/tiny", "training_file": file_id, "sat": "null"}
+        send(browser, fields, method=name)
         sat = jobs(services)[0].request["sat"]
         told = {key: value for key, value in method.sat.items() if value != "balanced"}
         assert changes(usual, sat) == told
@@ -191,6 +192,8 @@ def test_a_file_that_is_sent_along_is_kept_and_chosen(browser, services):
     (job,) = jobs(services)
     assert len(services.store.list_files("default").items) == 2
     assert job.training_file in {f.id for f in services.store.list_files("default").items}
+    assert send(browser, fields, ("data.jsonl", ROW * 4)).status_code == 303, "gone back to"
+    assert {job.training_file for job in jobs(services)} != {job.training_file}
     assert list(services.artifacts.files.glob(".part-*")) == []
 
 
