@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from api import once
 from api.auth import Caller, may, need, require_session
-from api.dashboard.pages import missing, render
+from api.dashboard.rendering import missing, render
 from api.dashboard.words import ago, percent, size
 from api.deps import App, Services
 from api.drafts import PURPOSE, Draft, Terms, row_check, shown_name

@@ -5,12 +5,9 @@ metrics after the last step they have. What goes wrong outside `/v1` is told a b
 """
 
 import contextlib
-import functools
-import hashlib
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
@@ -23,26 +20,21 @@ from fastapi.responses import (
     Response,
     StreamingResponse,
 )
-from fastapi.staticfiles import StaticFiles
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import Scope
 
 from api.auth import (
     SignInNeededError,
     Viewer,
     cookie_name,
-    may,
     need,
     require_session,
     start_session,
 )
-from api.dashboard.words import FILTERS
-from api.deps import App, Services, services
+from api.dashboard.rendering import HERE, Assets, missing, render
+from api.deps import App, Services
 from api.errors import ApiError, error_response, request_id_of
 from api.routes.fine_tuning import result_archive
-from api.routes.health import release
 from api.schemas.jobs import StatusDetail, finite, report
 from jobs.errors import InvalidCursor, JobNotPausable, JobsError, JobTerminal, NotFound
 from jobs.spec import JobRecord
@@ -50,7 +42,6 @@ from jobs.states import TERMINAL, Status
 from sat_core.plan.config import TrainConfig
 from sat_core.plan.errors import PlanError
 
-HERE = Path(__file__).parent
 JOBS_PER_PAGE = 25
 EVENTS_SHOWN = 30
 EVENTS_PER_PAGE = 100
@@ -65,68 +56,9 @@ CHART_COLUMNS = (
     "tokens_per_second",
     "learning_rate",
 )
-THEMES = ("light", "dark")
 
 pages = APIRouter(dependencies=[Depends(require_session)], include_in_schema=False)
 sign_in = APIRouter(include_in_schema=False)
-
-
-@functools.cache
-def templates() -> Environment:
-    """The templates; an undefined name is an error, all output is escaped."""
-    found = Environment(
-        loader=PackageLoader("api.dashboard"),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters |= FILTERS
-    found.globals |= {
-        "asset": asset,
-        "release": release(),
-        "terminal": TERMINAL,
-        "statuses": tuple(Status),
-    }
-    return found
-
-
-@functools.cache
-def asset(name: str) -> str:
-    """The address of a static file with a hash of its bytes, so that it may be cached for ever."""
-    digest = hashlib.sha256((HERE / "static" / name).read_bytes()).hexdigest()
-    return f"/static/{name}?v={digest[:12]}"
-
-
-class Assets(StaticFiles):
-    """Static files; those asked for by hash never change."""
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        """The file, to be kept for a year where its address holds its hash."""
-        response = await super().get_response(path, scope)
-        fixed = b"v=" in scope["query_string"]
-        response.headers["cache-control"] = (
-            "public, max-age=31536000, immutable" if fixed else "no-cache"
-        )
-        return response
-
-
-def render(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
-    """A template as an answer, in the theme that the reader chose."""
-    theme = request.cookies.get("satune_theme")
-    key = getattr(request.state, "key", None)
-    html = (
-        templates()
-        .get_template(name)
-        .render(
-            theme=theme if theme in THEMES else None,
-            signed_in=status != 401 and cookie_name(services(request)) in request.cookies,
-            path=request.url.path,
-            may_write=key is not None and may(key, "jobs:write"),
-            **values,
-        )
-    )
-    return HTMLResponse(html, status_code=status, headers={"cache-control": "no-store"})
 
 
 @pages.get("/")
@@ -372,11 +304,6 @@ def _own(request: Request, address: str) -> str:
     scope = {**request.scope, "method": "GET", "path": local[1] if local else ""}
     found = any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
     return address if local and found else "/"
-
-
-def missing(request: Request, message: str) -> HTMLResponse:
-    """The page that says what is not there."""
-    return render(request, "missing.html", status=404, title="Not found", message=message)
 
 
 def _as_page(answer: Callable[[Request, Any], Any]) -> Callable[[Request, Exception], Response]:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 from api.auth import scope_of
-from api.dashboard.pages import render
+from api.dashboard.rendering import render
 from api.errors import ERRORS
 
 reference = APIRouter(include_in_schema=False)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from api.dashboard.new_job import METHODS, changes, method_of
-from api.dashboard.pages import templates
+from api.dashboard.rendering import templates
 from api.routes.after import create_body
 from api.schemas.estimates import Estimate, EstimatedData
 from sat_core.plan.request import RunRequest

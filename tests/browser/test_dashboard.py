@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -44,15 +45,22 @@ class Seen:
         assert found.violations_count == 0, found.generate_report()
 
 
-@pytest.fixture(params=["light", "dark"])
-def seen(browser: Browser, url: str, request: pytest.FixtureRequest) -> Iterator[Seen]:
-    context = browser.new_context(color_scheme=request.param)
+@contextmanager
+def signed_in(browser: Browser, url: str, **options: Any) -> Iterator[Seen]:
+    """A page of somebody who is signed in, in a context of its own."""
+    context = browser.new_context(**options)
     page = context.new_page()
     page.set_default_timeout(10_000)
     found = Seen(page, url)
     found.open(f"/login?key={KEY}")
     yield found
     context.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def seen(browser: Browser, url: str, request: pytest.FixtureRequest) -> Iterator[Seen]:
+    with signed_in(browser, url, color_scheme=request.param) as found:
+        yield found
 
 
 def fits(page: Page) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.api.conftest import KEY, ROW
 from tests.api.finished import finish_job, new_job
-from tests.browser.test_dashboard import Seen, seen
+from tests.browser.test_dashboard import Seen, seen, signed_in
 from tests.service import eventually
 
 if TYPE_CHECKING:
@@ -28,13 +28,8 @@ WIDTH = "document.documentElement.scrollWidth"
 @pytest.fixture
 def plain(browser: Browser, url: str) -> Iterator[Seen]:
     """A page in one theme, for what is not about looks."""
-    context = browser.new_context()
-    page = context.new_page()
-    page.set_default_timeout(10_000)
-    found = Seen(page, url)
-    found.open(f"/login?key={KEY}")
-    yield found
-    context.close()
+    with signed_in(browser, url) as found:
+        yield found
 
 
 def result(**more: Any) -> dict[str, Any]:
